@@ -1,0 +1,703 @@
+"""Scans on disk -> a corpus of memory-mapped int16 arrays -> an endless supply of sequences for pre-training.
+
+    python serialize.py --phantom                                   # made-up patients, 1 minute on two cores
+    python serialize.py --spatial data/amos data/flare --contrast data/brats \\
+        --semantic data/deeplesion/DL_info.csv data/deeplesion/Images_nifti --out data/corpus
+    python serialize.py --out data/corpus --inspect                 # draws one sequence of each kind with its token order
+    python serialize.py --out data/corpus --bench                   # samples a second, bytes a sample, disk
+
+Run it again to add scans, or to go on after a stop: what the corpus already holds is not read again. A corpus is
+    index.jsonl     a line an array (or a lesion): kind, source, hash, shape, spacing, patient, group, split, …
+    arrays/*.npy    one int16 array a scan, [X, Y, Z] in RAS+; value = stored · slope + inter
+    skipped.csv     every file that could not be used, and why
+
+Sections: reading scans · jobs, one a file · building a corpus · splits · sequences · inspect · bench · main
+
+X Y Z voxels, S sub-images of a sequence laid side by side along z, D = Z/S their depth.
+"""
+import argparse
+import csv
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from functools import lru_cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import BadInput, cli, parallel, write_beside
+
+KINDS = ("spatial", "contrast", "semantic")
+CONTRASTS = ("t1n", "t1c", "t2w", "t2f")            # BraTS 2023, in the published order
+PUBLISHED = dict(spatial=50, contrast=100, semantic=20_000)  # crops a scan, boxes a patient, tuples a lesion type
+NIFTI, SITK = (".nii", ".nii.gz", ".hdr"), (".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")
+LABELS = ("*/labels*/*", "*/segmentations/*", "*[-_]seg.*", "*[-_]seg[-_.]*", "*[-_]mask.*", "*[-_]label.*")
+SMALLEST = 8                                        # voxels along an axis; less is a 2D image or a scout
+
+# ---------------------------------------------------------------- reading scans
+
+
+def suffix_of(path):
+    name = str(path).lower()
+    return next((s for s in sorted(NIFTI + SITK, key=len, reverse=True) if name.endswith(s)), None)
+
+
+def stem_of(path):
+    """File name without its (double) suffix."""
+    return Path(path).name[:-len(suffix_of(path) or "") or None]
+
+
+def read_scan(path):
+    """A scan in RAS+: values [X, Y, Z] or [X, Y, Z, T], its affine (mm), and the affine of the file's own axes.
+
+    Integers where the file holds integers and its slope is 1, else float32 with slope and intercept applied.
+    DICOM (a folder), MHA and NRRD need SimpleITK. BadInput says what is wrong with the file.
+    """
+    try:
+        values, affine = read_sitk(path) if Path(path).is_dir() or suffix_of(path) in SITK else read_nifti(path)
+    except BadInput:
+        raise
+    except Exception as e:  # the readers raise a dozen types; the message is what tells a user what to mend
+        raise BadInput(f"unreadable: {type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}") from None
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise BadInput("its affine is singular: the header does not say where the voxels are")
+    axes = nib.orientations.io_orientation(affine)
+    ras = affine @ nib.orientations.inv_ornt_aff(axes, values.shape[:3])
+    return nib.orientations.apply_orientation(values, axes), ras, affine
+
+
+def read_nifti(path):
+    img = nib.load(path)
+    if not isinstance(img, nib.nifti1.Nifti1Pair) or isinstance(img, nib.Cifti2Image):
+        raise BadInput(f"a {type(img).__name__}, not a NIfTI volume")
+    shape = img.shape
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        raise BadInput(f"2D ({'x'.join(map(str, shape))})")
+    if len(shape) == 5 and shape[3] == 1:           # vectors are stored along a fifth axis
+        raise BadInput(f"a vector field ({'x'.join(map(str, shape))})")
+    if len(shape) > 4:
+        raise BadInput(f"{len(shape)} axes ({'x'.join(map(str, shape))})")
+    if img.get_data_dtype().kind not in "iuf":
+        raise BadInput(f"voxels of type {img.get_data_dtype()}, neither integers nor floats")
+    raw = img.dataobj.get_unscaled()
+    slope, inter = float(img.dataobj.slope), float(img.dataobj.inter)
+    if raw.dtype.kind in "iu" and slope == 1 and inter == int(inter):
+        fits = raw.dtype.itemsize <= 2 and abs(inter) < 2 ** 20
+        return (raw.astype(np.int32) if fits else raw.astype(np.int64)) + int(inter) if inter else raw, img.affine
+    return raw.astype(np.float32) * np.float32(slope) + np.float32(inter), img.affine
+
+
+def read_sitk(path):
+    try:
+        import SimpleITK as sitk
+    except ImportError:
+        raise BadInput("DICOM, MHA and NRRD files need SimpleITK: pip install SimpleITK") from None
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    if Path(path).is_dir():
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+        if len(series) != 1:
+            raise BadInput(f"a folder with {len(series)} DICOM series; one folder a series is needed")
+        img = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0]))
+    else:
+        img = sitk.ReadImage(str(path))
+    if img.GetDimension() != 3 or img.GetNumberOfComponentsPerPixel() != 1:
+        raise BadInput(f"{img.GetDimension()}D with {img.GetNumberOfComponentsPerPixel()} components; a scalar 3D image is needed")
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(img.GetDirection()).reshape(3, 3) * img.GetSpacing()
+    affine[:3, 3] = img.GetOrigin()
+    affine[:2] *= -1                                # ITK points to the left and posterior, NIfTI to the right and anterior
+    return sitk.GetArrayFromImage(img).transpose(2, 1, 0), affine
+
+
+def to_int16(values):
+    """Values -> int16 and the slope and inter that give them back: exact for integers that span 16 bits.
+
+    Floats are spread over the 65,535 levels from their minimum to their maximum, outliers clipped one span beyond the
+    0.01st and 99.99th percentiles.
+    """
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise BadInput(f"{int((~np.isfinite(values)).sum())} voxels are NaN or infinite")
+        low, high = float(values.min()), float(values.max())
+        whole = abs(low) < 2 ** 24 and abs(high) < 2 ** 24 and np.array_equal(values, np.rint(values))
+    else:
+        low, high, whole = int(values.min()), int(values.max()), True
+    if low == high:
+        raise BadInput(f"all voxels are equal ({low:g})")
+    if whole and high - low <= 65535:
+        inter = 0 if low >= -32768 and high <= 32767 else int(low) + 32768
+        return (values - inter if inter else values).astype(np.int16), 1.0, float(inter)
+    a, b = np.percentile(values, [0.01, 99.99])
+    if b > a:
+        low, high = max(low, a - (b - a)), min(high, b + (b - a))
+    slope = (high - low) / 65534
+    inter = low + 32767 * slope
+    return np.rint((np.clip(values, low, high) - inter) / slope).astype(np.int16), float(slope), float(inter)
+
+
+# ---------------------------------------------------------------- jobs, one a file
+# A job is a dict: kind, source, patient, and what its rows need; `store` runs in a worker process.
+
+
+def scans_under(folder, exclude):
+    """Files (and folders of DICOM slices) below `folder` -> scans, and those that look like labels."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise BadInput(f"{folder}: no such folder")
+    found, labels, series = [], [], set()
+    for f in sorted([folder] if folder.is_file() else folder.rglob("*")):
+        if not f.is_file() or not suffix_of(f) or f.name.startswith("._"):  # ._ is macOS litter
+            continue
+        if any(fnmatch.fnmatch(str(f).lower(), p) for p in exclude):
+            labels.append(f)
+        elif suffix_of(f) != ".dcm":
+            found.append(f)
+        elif f.parent not in series:
+            series.add(f.parent)
+            found.append(f.parent)
+    if not found:
+        raise BadInput(f"{folder}: no scans in it ({', '.join(NIFTI + SITK)}), {len(labels)} label files aside")
+    return found, labels
+
+
+def spatial_jobs(folders, exclude, patient):
+    jobs, skipped = [], []
+    for folder in folders:
+        found, labels = scans_under(folder, exclude)
+        skipped += [(f, "looks like a label map (--exclude)") for f in labels]
+        often = Counter(stem_of(f) for f in found)
+        for f in found:
+            if patient:
+                match = re.search(patient, str(f))
+                who = match and (match.group(1) if match.groups() else match.group())
+                if not who:
+                    raise BadInput(f"--patient {patient!r} does not match {f}")
+            else:  # ct.nii.gz in a folder a patient, or a file a patient
+                who = stem_of(f) if often[stem_of(f)] == 1 else str(f.parent.relative_to(folder))
+            jobs.append(dict(kind="spatial", source=f, patient=f"{Path(folder).name}/{who}", group=""))
+    return jobs, skipped
+
+
+def contrast_jobs(folders):
+    """A job a case folder CASE/CASE-{t1n,t1c,t2w,t2f}.nii.gz; cases of one patient differ in their last number."""
+    jobs, skipped = [], []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: no such folder")
+        cases = sorted({f.parent for f in folder.rglob("*.nii*") if not f.name.startswith("._")})
+        for case in cases:
+            files = [next(iter(case.glob(f"{case.name}-{c}.nii*")), None) for c in CONTRASTS]
+            if None in files:
+                lack = [c for c, f in zip(CONTRASTS, files) if f is None]
+                skipped.append((case, f"lacks {case.name}-{lack[0]}.nii.gz"))
+                continue
+            who = re.sub(r"-\d{3}$", "", case.name)
+            jobs.append(dict(kind="contrast", source=case, files=files, patient=who, group=case.name))
+        if not cases:
+            raise BadInput(f"{folder}: no case folders CASE/CASE-t1n.nii.gz in it")
+    return jobs, skipped
+
+
+def semantic_jobs(table, folder):
+    """A job a volume of DeepLesion with the lesions that DL_info.csv marks in it (columns 0, 6, 9 and 11)."""
+    if not Path(table).is_file() or not Path(folder).is_dir():
+        raise BadInput(f"--semantic {table} {folder}: DL_info.csv and the folder Images_nifti are needed")
+    lesions, skipped = defaultdict(list), []
+    with open(table, newline="") as f:
+        for n, row in enumerate(csv.reader(f)):
+            if n == 0:
+                continue
+            try:
+                name, box, kind, slices = row[0], [float(x) for x in row[6].split(",")], int(row[9]), row[11].split(",")
+                start, end = (int(x) for x in slices)
+                case = "_".join(name.split("_")[:3])
+                x1, y1, x2, y2 = box
+            except (IndexError, ValueError):
+                skipped.append((f"{table}:{n + 1}", "cannot be read as a row of DL_info.csv"))
+                continue
+            if kind == -1:
+                skipped.append((f"{table}:{n + 1}", "lesion of unknown type (-1)"))
+                continue
+            volume = Path(folder) / f"{case}_{start:03d}-{end:03d}.nii.gz"
+            lesions[volume].append(dict(type=kind, row=(y1 + y2) / 2, col=(x1 + x2) / 2))
+    jobs = []
+    for volume, found in sorted(lesions.items()):
+        if volume.is_file():
+            jobs.append(dict(kind="semantic", source=volume, lesions=found, patient=volume.name.split("_")[0], group=""))
+        else:
+            skipped.append((volume, "named in DL_info.csv, but no such file"))
+    return jobs, skipped
+
+
+def stamp_of(job):
+    """Size and time of the job's files: a source with the same stamp is not read again. A change of lesions is a change."""
+    source = Path(job["source"])
+    files = job.get("files") or (sorted(source.iterdir()) if source.is_dir() else [source])
+    stats = [os.stat(f) for f in files]
+    return [sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats), len(job.get("lesions", files))]
+
+
+def store(job):
+    """Read the scans of a job and write their arrays: (job, rows, reason it was skipped or None)."""
+    try:
+        rows = []
+        for n, path in enumerate(job.get("files", [job["source"]])):
+            values, affine, own = read_scan(path)
+            frames = [values] if values.ndim == 3 else np.moveaxis(values, 3, 0)
+            if values.ndim == 4 and job["kind"] != "spatial":
+                raise BadInput(f"4D ({values.shape}) where one volume is needed")
+            for t, frame in enumerate(frames):
+                row = store_array(job, frame, affine, f"{path}#{t}" if len(frames) > 1 else str(path))
+                if job["kind"] == "contrast":
+                    row["contrast"] = CONTRASTS[n]
+                for lesion in job.get("lesions", [None]):
+                    rows.append(row if lesion is None else {**row, **place_lesion(lesion, own, affine)})
+        if len({tuple(r["shape"]) for r in rows}) > 1 and job["kind"] == "contrast":
+            raise BadInput(f"its contrasts differ in shape: {[r['shape'] for r in rows]}")
+        return job, rows, None
+    except BadInput as e:
+        return job, [], str(e)
+
+
+def store_array(job, values, affine, source):
+    if min(values.shape) < SMALLEST:
+        raise BadInput(f"{'x'.join(map(str, values.shape))}: fewer than {SMALLEST} voxels along an axis")
+    array, slope, inter = to_int16(values)
+    array = np.ascontiguousarray(array)
+    name = f"{job['kind']} {os.path.abspath(source)}"
+    file = f"arrays/{hashlib.blake2b(name.encode(), digest_size=10).hexdigest()}.npy"
+    with write_beside(Path(job["out"]) / file) as tmp:
+        np.save(tmp, array, allow_pickle=False)
+    spacing = [round(float(s), 4) for s in nib.affines.voxel_sizes(affine)]
+    return dict(kind=job["kind"], source=os.path.abspath(source), hash=hashlib.blake2b(array, digest_size=16).hexdigest(),
+                file=file, shape=list(array.shape), spacing=spacing, slope=slope, inter=inter, patient=job["patient"],
+                group=job["group"], job=os.path.abspath(job["source"]), stamp=stamp_of(job))
+
+
+def place_lesion(lesion, own, ras):
+    """Centre (x, y) of a box given in the file's (row, col), as voxels of the RAS+ array; group is the type."""
+    voxel = np.linalg.inv(ras) @ own @ [lesion["row"], lesion["col"], 0, 1]
+    return dict(group=str(lesion["type"]), centre=[round(float(c), 1) for c in voxel[:2]])
+
+
+# ---------------------------------------------------------------- building a corpus
+
+
+def build(jobs, skipped, out, val=0.05, seed=0, workers=None, say=print):
+    """Run the jobs that the corpus in folder `out` does not hold yet, then write its index and skipped.csv."""
+    out = Path(out)
+    rows = read_index(out) if (out / "index.jsonl").exists() else []
+    held = {(r["kind"], r["job"], *r["stamp"]) for r in rows}
+    todo = [{**j, "out": str(out)} for j in jobs
+            if (j["kind"], os.path.abspath(j["source"]), *stamp_of(j)) not in held]
+    stale = {(j["kind"], os.path.abspath(j["source"])) for j in todo}
+    rows = [r for r in rows if (r["kind"], r["job"]) not in stale]      # the file has changed: its rows come anew
+    say(f"{len(jobs)} scans or cases, {len(jobs) - len(todo)} of them in {out} already")
+    seen = {(r["kind"], r["hash"]): r["source"] for r in rows}
+    saved = time.monotonic()
+    for job, new, reason in parallel(store, todo, workers, "reading scans"):
+        twin = next((seen[k] for r in new if (k := (r["kind"], r["hash"])) in seen), None)
+        if twin:                                    # the same voxels twice could stand on both sides of the split
+            reason = f"the same voxels as {twin}"
+            for r in new:
+                (out / r["file"]).unlink(missing_ok=True)
+        if reason:
+            skipped.append((job["source"], reason))
+            continue
+        seen.update({(r["kind"], r["hash"]): r["source"] for r in new})
+        rows += new
+        if time.monotonic() - saved > 10:           # a kill costs ten seconds of work
+            write_index(out, rows)
+            saved = time.monotonic()
+    if not rows:
+        first = f"; the first of {len(skipped)} reasons: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise BadInput(f"none of the files could be used{first}")
+    write_index(out, split_by_patient(rows, val, seed))
+    with write_beside(out / "skipped.csv") as tmp, open(tmp, "w", newline="") as f:
+        csv.writer(f).writerows([("source", "reason"), *skipped])
+    summarise(rows, skipped, out, say)
+    return rows
+
+
+def summarise(rows, skipped, out, say):
+    for kind in KINDS:
+        mine = [r for r in rows if r["kind"] == kind]
+        patients = {s: len({r["patient"] for r in mine if r["split"] == s}) for s in ("train", "val")}
+        if mine:
+            say(f"{kind:>9}: {len(mine)} {'lesions' if kind == 'semantic' else 'scans'}, "
+                f"{patients['train']} patients to train on, {patients['val']} to validate")
+    reasons = defaultdict(list)
+    for source, reason in skipped:
+        reasons[reason].append(source)
+    for reason, sources in list(reasons.items())[:10]:
+        more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+        say(f"  skipped {sources[0]}{more}: {reason}")
+    if skipped:
+        say(f"{len(skipped)} skipped in all, each with its reason in {out / 'skipped.csv'}")
+
+
+def write_index(out, rows):
+    with write_beside(Path(out) / "index.jsonl") as tmp:
+        tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def read_index(corpus):
+    """The rows of a corpus; BadInput if it is not one, or if an array of it is missing or cut short."""
+    path = Path(corpus) / "index.jsonl"
+    if not path.is_file():
+        raise BadInput(f"{corpus}: no corpus there (index.jsonl); build one: python serialize.py --phantom, or --spatial DIR")
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        arrays = {r["file"]: r["shape"] for r in rows}
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise BadInput(f"{path}: not an index of serialize.py; delete it and build the corpus again") from None
+    for file, shape in arrays.items():
+        full = Path(corpus) / file
+        if not full.is_file() or full.stat().st_size < 2 * np.prod(shape):
+            raise BadInput(f"{full}: {'cut short' if full.is_file() else 'missing'}; delete {path} and build the corpus again")
+    return rows
+
+
+# ---------------------------------------------------------------- splits
+
+
+def split_by_patient(rows, val, seed, images=4):
+    """Give each row without one its split, by patient: those with the smallest hash of (seed, patient) validate.
+
+    A share `val` of the patients of each kind (semantic: of each type, and at least `images`, since a sequence takes that
+    many), at least one, never more than half. Patients that have a split keep it when a corpus grows.
+    """
+    def rank(patient):
+        return hashlib.blake2b(f"{seed} {patient}".encode(), digest_size=8).hexdigest()
+    split = {(r["kind"], r["patient"]): r["split"] for r in rows if "split" in r}
+    strata = defaultdict(set)
+    for r in rows:
+        strata[r["kind"], r["group"] if r["kind"] == "semantic" else ""].add(r["patient"])
+    for (kind, _), patients in sorted(strata.items()):
+        wanted = max(images if kind == "semantic" else 1, round(val * len(patients)))
+        wanted = min(wanted, len(patients) // 2)
+        have = sum(split.get((kind, p)) == "val" for p in patients)
+        for p in sorted(patients, key=rank):
+            if (kind, p) not in split and have < wanted:
+                split[kind, p] = "val"
+                have += 1
+    for r in rows:
+        r["split"] = split.get((r["kind"], r["patient"]), "train")
+    return rows
+
+
+# ---------------------------------------------------------------- sequences
+
+
+@lru_cache(maxsize=4096)
+def open_array(path):
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def window_of(crop, low=1.0, high=99.9):
+    """The `low`th and `high`th percentiles of an int16 array: exact order statistics, from a histogram of all values."""
+    counts = np.bincount(crop.reshape(-1).view(np.uint16), minlength=65536)
+    below = np.cumsum(np.concatenate([counts[32768:], counts[:32768]]))
+    rank = np.floor(np.array([low, high]) / 100 * (crop.size - 1))
+    return np.searchsorted(below, rank, side="right") - 32768
+
+
+def resize(crop, shape):
+    """int16 [x, y, z] -> int16 of `shape`, trilinear; as it is where the shape is right already."""
+    if crop.shape == tuple(shape):
+        return crop
+    volume = torch.from_numpy(crop.astype(np.float32))[None, None]
+    return F.interpolate(volume, tuple(shape), mode="trilinear")[0, 0].round_().short().numpy()
+
+
+def cut(array, start, shape):
+    """A contiguous copy of the box of `shape` (or what there is of it) at `start`."""
+    return np.ascontiguousarray(array[tuple(slice(a, a + n) for a, n in zip(start, shape))])
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Sequence n of an endless supply, a function of (corpus, split, seed, n) alone.
+
+    So a rank or a worker that takes other n has a stream of its own, and a run resumes from a step number. A sequence is
+        volume  int16 [size, size, size], S sub-images side by side along z, as stored
+        window  float32 [S, 2], the values that map to 0 and 1 (percentiles 1 and 99.9 of the crop or the sub-image)
+        kind    int, an index of KINDS
+    mix: {kind: weight}, or None: the kinds in turn (to validate). stride: between the starts of successive slabs, voxels.
+    """
+
+    def __init__(self, corpus, split="train", size=128, images=4, stride=8, mix=None, seed=0):
+        if size % images:
+            raise BadInput(f"volume {size} does not divide into {images} sub-images")
+        self.root, self.size, self.images, self.depth, self.stride = Path(corpus), size, images, size // images, stride
+        if not 1 <= stride <= (size - self.depth) // max(1, images - 1):
+            raise BadInput(f"--stride {stride}: {images} slabs of {self.depth} slices reach beyond a crop of {size}")
+        self.seed = [seed, ("train", "val").index(split)]
+        rows = [r for r in read_index(corpus) if r["split"] == split]
+        self.scans = [r for r in rows if r["kind"] == "spatial"]
+        self.cases = self.group(rows, "contrast", "group")
+        self.types = self.group(rows, "semantic", "group", at_least=images)
+        self.have = {"spatial": len(self.scans), "contrast": len(self.cases), "semantic": len(self.types)}
+        self.kinds = [k for k in KINDS if self.have[k]]
+        if mix is not None:
+            self.kinds = [k for k in self.kinds if mix.get(k, 0) > 0]
+            weights = np.array([mix[k] for k in self.kinds], float)
+        if not self.kinds:
+            raise BadInput(f"{corpus}: nothing to {'train on' if split == 'train' else 'validate with'}: "
+                           f"{self.have} scans, patients and lesion types with {images} patients")
+        self.weights = weights / weights.sum() if mix is not None else None
+
+    @staticmethod
+    def group(rows, kind, key, at_least=1):
+        """Rows of `kind` by `key`, as lists; keys with fewer than `at_least` patients are left out."""
+        groups = defaultdict(list)
+        for r in rows:
+            if r["kind"] == kind:
+                groups[r[key]].append(r)
+        if kind == "contrast":
+            return [sorted(g, key=lambda r: CONTRASTS.index(r["contrast"])) for _, g in sorted(groups.items())]
+        return [g for _, g in sorted(groups.items()) if len({r["patient"] for r in g}) >= at_least]
+
+    def __getitem__(self, n):
+        rng = np.random.default_rng([*self.seed, n])
+        kind = self.kinds[n % len(self.kinds)] if self.weights is None else str(rng.choice(self.kinds, p=self.weights))
+        for _ in range(8):  # a box of nothing but background teaches nothing: draw another
+            volume, window = getattr(self, kind)(rng)
+            if (window[:, 1] > window[:, 0]).all():
+                break
+        return {"volume": torch.from_numpy(volume), "window": torch.from_numpy(window), "kind": KINDS.index(kind)}
+
+    def array(self, row):
+        return open_array(str(self.root / row["file"]))
+
+    def spatial(self, rng):
+        """Slabs of one crop: D slices each, `stride` apart, the first at a random z of the crop."""
+        array = self.array(self.scans[rng.integers(len(self.scans))])
+        crop = cut(array, [rng.integers(max(1, n - self.size + 1)) for n in array.shape], [self.size] * 3)
+        crop = resize(crop, [self.size] * 3)
+        first = rng.integers(self.size - self.depth - (self.images - 1) * self.stride + 1)
+        volume = np.empty_like(crop)
+        for s in range(self.images):
+            z = first + s * self.stride
+            volume[:, :, s * self.depth:(s + 1) * self.depth] = crop[:, :, z:z + self.depth]
+        return volume, np.tile(window_of(crop).astype(np.float32), (self.images, 1))
+
+    def contrast(self, rng):
+        """The same box in the co-registered contrasts of one patient."""
+        case = self.cases[rng.integers(len(self.cases))]
+        box = [self.size, self.size, self.depth]
+        start = [rng.integers(max(1, n - b + 1)) for n, b in zip(case[0]["shape"], box)]
+        return self.join([cut(self.array(case[s % len(case)]), start, box) for s in range(self.images)])
+
+    def semantic(self, rng):
+        """Lesions of one type from as many patients: the box's surroundings in plane, all the slices of the volume."""
+        lesions = self.types[rng.integers(len(self.types))]
+        patients = rng.choice(sorted({r["patient"] for r in lesions}), self.images, replace=False)
+        crops = []
+        for patient in patients:
+            mine = [r for r in lesions if r["patient"] == patient]
+            row = mine[rng.integers(len(mine))]
+            start = [int(np.clip(round(c) - self.size // 2, 0, max(0, n - self.size)))
+                     for c, n in zip(row["centre"], row["shape"])]
+            crops.append(cut(self.array(row), [*start, 0], [self.size, self.size, row["shape"][2]]))
+        return self.join(crops)
+
+    def join(self, crops):
+        """Sub-images side by side along z, each with the window of its own."""
+        volume = np.empty([self.size] * 3, np.int16)
+        window = np.empty([self.images, 2], np.float32)
+        for s, crop in enumerate(crops):
+            crop = resize(crop, [self.size, self.size, self.depth])
+            volume[:, :, s * self.depth:(s + 1) * self.depth] = crop
+            window[s] = window_of(crop)
+        return volume, window
+
+
+def published_mix(have):
+    """Weights of the kinds by the published counts, for a dict kind -> scans, patients or lesion types."""
+    return {k: PUBLISHED[k] * n for k, n in have.items()}
+
+
+def parse_mix(text, have):
+    """--mix published, equal or spatial=2,contrast=1,semantic=1 -> {kind: weight}."""
+    if text == "published":
+        return published_mix(have)
+    if text == "equal":
+        return {k: 1.0 for k in KINDS}
+    try:
+        mix = {k: float(v) for k, v in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        mix = {}
+    if not mix or set(mix) - set(KINDS) or min(mix.values()) < 0:
+        raise BadInput(f"--mix {text!r}: published, equal, or weights such as spatial=2,contrast=1,semantic=1")
+    return mix
+
+
+def ensure_phantom(size="small", seed=0, workers=None, say=print):
+    """The corpus of made-up patients of `size`, built if it is not there yet: its folder."""
+    from phantom import write_phantom
+    root = Path("data") / ("phantom" if size == "small" else f"phantom-{size}")
+    corpus = root / "corpus"
+    if not (corpus / "index.jsonl").exists():
+        say(f"making {size} phantom patients and their corpus in {root}")
+        write_phantom(root, size=size, seed=seed, parts=("amos", "brats", "deeplesion"), workers=workers)
+        jobs, skipped = collect([root / "amos"], [root / "brats"],
+                                [root / "deeplesion/DL_info.csv", root / "deeplesion/Images_nifti"])
+        build(jobs, skipped, corpus, val=0.2, seed=seed, workers=workers, say=say)
+    return corpus
+
+
+def collect(spatial=(), contrast=(), semantic=None, exclude=LABELS, patient=None):
+    """Jobs for what the command line names, and what was left out before a file was opened."""
+    parts = [spatial_jobs(spatial, exclude, patient), contrast_jobs(contrast)]
+    if semantic:
+        parts.append(semantic_jobs(*semantic))
+    return [j for jobs, _ in parts for j in jobs], [s for _, skipped in parts for s in skipped]
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def copyable(size, patch, images, stride, order):
+    """Share of the tokens, and of the voxels, of a spatial sequence whose every voxel stands in an earlier token too."""
+    from model import token_order
+    g, depth = size // patch, size // images
+    source = np.concatenate([s * stride + np.arange(depth) for s in range(images)])    # slice of the crop behind each z
+    place = token_order((1, 1, g), images, order)                                       # one column (x, y) is as all others
+    seen, tokens, voxels = set(), 0, 0
+    for z in range(g) if place is None else place.tolist():
+        slices = set(source[z * patch:(z + 1) * patch].tolist())
+        tokens += slices <= seen
+        voxels += len(slices & seen)
+        seen |= slices
+    return tokens / g, voxels / size
+
+
+def inspect(args):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from model import to_unit, token_order
+    grid = (args.volume // args.patch,) * 3
+    for order in ("raster", "image"):
+        for stride in (args.volume // 16, args.volume // 4):
+            tokens, voxels = copyable(args.volume, args.patch, args.images, stride, order)
+            print(f"--order {order:6} --stride {stride:2}: {tokens:5.1%} of the tokens and {voxels:5.1%} of the voxels of a "
+                  "spatial sequence are copies of earlier ones")
+    data = Sequences(args.out, "train", args.volume, args.images, args.stride or args.volume // 16, None, args.seed)
+    order = token_order(grid, args.images, args.order)
+    place = torch.arange(grid[0] ** 3) if order is None else torch.argsort(order)      # place in the sequence of a patch
+    place = place.view(grid)
+    depth, p, S = data.depth, args.patch, args.images
+    fig, axes = plt.subplots(len(data.kinds), S, figsize=(3 * S, 3.2 * len(data.kinds)), squeeze=False)
+    for row, kind in enumerate(data.kinds):
+        sample = data[row]
+        volume = to_unit(sample["volume"][None], sample["window"][None])[0]
+        for s, ax in enumerate(axes[row]):
+            z = s * depth + depth // 2
+            ax.imshow(volume[:, :, z].T, cmap="gray", origin="lower", vmin=0, vmax=1)
+            numbers = place[:, :, z // p]
+            colours = plt.get_cmap("viridis")(numbers / (grid[0] ** 3 - 1))
+            for x in range(grid[0]):
+                for y in range(grid[1]):
+                    ax.text((x + .5) * p, (y + .5) * p, int(numbers[x, y]), color=colours[x, y], fontsize=6, ha="center", va="center")
+            ax.set(xticks=np.arange(0, args.volume, p) - .5, yticks=np.arange(0, args.volume, p) - .5,
+                   xticklabels=[], yticklabels=[], title=f"{kind}, sub-image {s}")
+            ax.grid(color="white", alpha=0.15)
+            ax.tick_params(length=0)
+    fig.suptitle(f"place of each patch in the sequence (order {args.order}), middle slice of each sub-image")
+    fig.tight_layout()
+    path = Path(args.out) / "inspect.png"
+    with write_beside(path) as tmp:
+        fig.savefig(tmp, dpi=110)
+    print(f"drew {path}")
+
+
+# ---------------------------------------------------------------- bench
+
+
+def bench(args):
+    """Samples a second on one core with the arrays in the page cache, bytes a sample, and disk against pre-cut crops."""
+    torch.set_num_threads(1)
+    stride = args.stride or args.volume // 16
+    for kind in KINDS:
+        try:
+            data = Sequences(args.out, "train", args.volume, args.images, stride, {kind: 1.0}, args.seed)
+        except BadInput:
+            print(f"{kind:>9}: none in {args.out}")
+            continue
+        rows = {r["file"]: r for r in read_index(args.out) if r["kind"] == kind and r["split"] == "train"}
+        for f in rows:                              # into the page cache
+            (Path(args.out) / f).read_bytes()
+        for n in range(4):
+            data[n]
+        times, end = [], time.perf_counter() + 5
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            sample = data[4 + len(times)]
+            times.append(time.perf_counter() - start)
+        moved = sum(v.nbytes for v in sample.values() if isinstance(v, torch.Tensor))
+        shapes = Counter("x".join(map(str, r["shape"])) for r in rows.values()).most_common(1)[0][0]
+        print(f"{kind:>9}: {len(times) / sum(times):6.0f} samples/s on one core (median {1e3 * np.median(times):.1f} ms), "
+              f"{moved / 1e6:.2f} MB a sample; {len(rows)} scans, mostly {shapes}")
+        if kind == "spatial":
+            disk = np.mean([(Path(args.out) / f).stat().st_size for f in rows])
+            crops = 50 * 4 * args.volume ** 3
+            print(f"{'':>9}  {disk / 1e6:.0f} MB of disk a scan for an endless supply of crops: {disk / crops:.0%} of the "
+                  f"{crops / 1e6:.0f} MB of 50 pre-cut float32 crops")
+
+
+# ---------------------------------------------------------------- main
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("scans")
+    g.add_argument("--spatial", nargs="+", default=[], metavar="DIR", help="folders of CT or MR scans, searched below")
+    g.add_argument("--contrast", nargs="+", default=[], metavar="DIR", help="folders of BraTS cases CASE/CASE-{t1n,t1c,t2w,t2f}.nii.gz")
+    g.add_argument("--semantic", nargs=2, metavar=("CSV", "DIR"), help="DL_info.csv and Images_nifti of DeepLesion")
+    g.add_argument("--phantom", nargs="?", const="small", choices=["small", "full"], help="made-up patients instead, in data/phantom[-full]")
+    g.add_argument("--exclude", nargs="*", default=list(LABELS), metavar="GLOB", help="label maps, not scans (default: %(default)s)")
+    g.add_argument("--patient", metavar="REGEX", help="finds the patient in a path (group 1, if any); default: the file's name, "
+                   "or its folder where many files share a name")
+    g = p.add_argument_group("corpus")
+    g.add_argument("--out", help="folder of the corpus (default data/corpus; data/phantom/corpus with --phantom)")
+    g.add_argument("--val", type=float, default=0.05, help="share of the patients kept for validation (default %(default)s)")
+    g.add_argument("--workers", type=int, help="processes (default: one a core)")
+    g.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("sequences, for --inspect and --bench")
+    g.add_argument("--inspect", action="store_true", help="draw a sequence of each kind with its token order; print the copyable share")
+    g.add_argument("--bench", action="store_true", help="samples a second, bytes a sample, disk")
+    g.add_argument("--volume", type=int, default=128, help="edge of a sequence's volume (published: 128)")
+    g.add_argument("--patch", type=int, default=16, help="edge of a patch (published: 16)")
+    g.add_argument("--images", type=int, default=4, help="sub-images of a sequence (published: 4)")
+    g.add_argument("--stride", type=int, help="slices between slabs (default a quarter of a slab; published: 8)")
+    g.add_argument("--order", choices=["raster", "image"], default="raster", help="of the tokens (published: raster)")
+    args = p.parse_args()
+    if not 0 <= args.val <= 0.5:
+        raise BadInput(f"--val {args.val}: a share between 0 and 0.5")
+    scans = args.spatial or args.contrast or args.semantic
+    if not (scans or args.phantom or args.inspect or args.bench):
+        raise BadInput("nothing to do: name scans (--spatial, --contrast, --semantic), or --phantom, --inspect or --bench")
+    if args.phantom:
+        if scans or args.out:
+            raise BadInput("--phantom has a folder of its own: leave out --out, --spatial, --contrast and --semantic")
+        args.out = ensure_phantom(args.phantom, args.seed, args.workers)
+    args.out = args.out or "data/corpus"
+    if scans:
+        build(*collect(args.spatial, args.contrast, args.semantic, args.exclude, args.patient),
+              args.out, args.val, args.seed, args.workers)
+    if args.inspect:
+        inspect(args)
+    if args.bench:
+        bench(args)
+
+
+if __name__ == "__main__":
+    cli(main)

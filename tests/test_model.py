@@ -1,0 +1,258 @@
+import numpy as np
+import pytest
+import torch
+
+from common import BadInput, save_checkpoint
+from model import (FORMAT, SIZES, Classifier, Config, Model, checkpoint_state, load_pretrained, patchify, positions,
+                   prefix_attention, standardise, to_unit, token_order, unpatchify)
+
+TINY = dict(width=48, layers=2, heads=2, patch=4)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Weights and answers of the published implementation, float32."""
+    with np.load("tests/golden/reference_tiny.npz", allow_pickle=False) as z:
+        return {k: z[k] for k in z.files}
+
+
+@pytest.fixture
+def published(golden, tmp_path):
+    """The golden weights as the file that the authors distribute."""
+    sd = {k[3:]: torch.from_numpy(v) for k, v in golden.items() if k.startswith("sd.")}
+    torch.save({"state_dict": sd}, tmp_path / "published.pt")
+    return tmp_path / "published.pt"
+
+
+@pytest.fixture
+def reference(golden, published):
+    return load_pretrained(published, heads=int(golden["config"][2]))
+
+
+def close(ours, theirs, tolerance=1e-4):
+    ours, theirs = (torch.as_tensor(x).detach().double() for x in (ours, theirs))
+    return ours.shape == theirs.shape and (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+# ---------------------------------------------------------------- the published implementation's answers
+
+
+def test_golden_loss_predictions_and_every_gradient(golden, reference):
+    loss, pred = reference(torch.from_numpy(golden["pretrain.image"]), torch.from_numpy(golden["pretrain.prefix"]))
+    loss.backward()
+    assert close(loss, golden["pretrain.loss"]) and close(pred, golden["pretrain.pred"])
+    ours = {"model.embed_tokens.weight": reference.begin, "model.patchifier.proj.weight": reference.embed.weight,
+            "model.patchifier.proj.bias": reference.embed.bias, "model.norm.weight": reference.norm.weight,
+            "model.norm.bias": reference.norm.bias, "decoder_pred.weight": reference.head.weight,
+            "decoder_pred.bias": reference.head.bias}
+    ours = {k: w.grad for k, w in ours.items()}
+    for i, b in enumerate(reference.blocks):
+        at = f"model.layers.{i}."
+        for x, g in zip("qkv", b.qkv.weight.grad.chunk(3)):
+            ours[f"{at}self_attn.{x}_proj.weight"] = g
+        for name, layer in (("self_attn.o_proj", b.proj), ("mlp.linear1", b.fc1), ("mlp.linear2", b.fc2),
+                            ("input_layernorm", b.norm1), ("post_attention_layernorm", b.norm2)):
+            ours[f"{at}{name}.weight"], ours[f"{at}{name}.bias"] = layer.weight.grad, layer.bias.grad
+    theirs = dict(zip(golden["pretrain.grad_norm_keys"].tolist(), golden["pretrain.grad_norms"]))
+    assert ours.keys() == theirs.keys()
+    for k in theirs:
+        assert ours[k].norm().item() == pytest.approx(theirs[k], rel=1e-4), k
+
+
+def test_golden_encoder(golden, reference):
+    last, hidden = reference.encode(torch.from_numpy(golden["encoder.image"])[:, 0])
+    assert close(last, golden["encoder.last"]) and close(torch.stack(hidden), golden["encoder.hidden"])
+    assert hidden[-1] is last and len(hidden) == len(reference.blocks)
+
+
+def test_golden_classifier(golden, reference):
+    classifier = Classifier(reference, 2)
+    classifier.score.weight.data = torch.from_numpy(golden["classify.score_weight"])
+    assert close(classifier(torch.from_numpy(golden["encoder.image"])[:, 0]), golden["classify.logits"])
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_every_published_key_is_accounted_for(published, tmp_path):
+    whole = torch.load(published, weights_only=True)["state_dict"]
+    assert load_pretrained(published).config.heads == 1  # 48 / 64, at least 1
+    def refused(change, words):
+        sd = dict(whole)
+        change(sd)
+        torch.save({"state_dict": sd}, tmp_path / "bad.pt")
+        with pytest.raises(BadInput, match=words):
+            load_pretrained(tmp_path / "bad.pt", heads=2)
+    for key in whole:
+        refused(lambda sd: sd.pop(key), "embed_tokens" if "embed_tokens" in key else f"lack {key}|fit|neither")
+    refused(lambda sd: sd.update(extra=torch.ones(1)), "nothing here uses: extra")
+    refused(lambda sd: sd.update({"model.norm.bias": torch.ones(7)}), r"norm.bias \(7,\) \(needed \(48,\)\)")
+
+
+def test_our_checkpoint_round_trip_and_refusals(tmp_path):
+    model = Model(Config(**TINY, order="image"))
+    save_checkpoint(tmp_path / "a.pt", **checkpoint_state(model), step=3)
+    back = load_pretrained(tmp_path / "a.pt")
+    assert back.config == model.config and all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
+    with pytest.raises(BadInput, match="2 heads, not 3"):
+        load_pretrained(tmp_path / "a.pt", heads=3)
+    state = checkpoint_state(model)
+    state["model"] = {k: v for k, v in state["model"].items() if k != "norm.bias"}
+    save_checkpoint(tmp_path / "b.pt", **state)
+    with pytest.raises(BadInput, match="norm.bias missing"):
+        load_pretrained(tmp_path / "b.pt")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "c.pt")
+    with pytest.raises(BadInput, match=f"{FORMAT}.*published"):
+        load_pretrained(tmp_path / "c.pt")
+
+
+# ---------------------------------------------------------------- patches and positions
+
+
+def test_patchify_round_trip_and_order():
+    v = torch.arange(8 * 12 * 4, dtype=torch.float32).view(1, 8, 12, 4)
+    p = patchify(v, 4)
+    assert p.shape == (1, 6, 64) and torch.equal(unpatchify(p, (2, 3, 1)), v)
+    assert torch.equal(p[0, 1].view(4, 4, 4), v[0, 0:4, 4:8, 0:4])  # the second patch is one further along y: z has but one
+    with pytest.raises(BadInput, match="8x12x6 is not a multiple of the patch 4"):
+        patchify(torch.zeros(1, 8, 12, 6), 4)
+
+
+def test_token_order_is_a_permutation_and_image_order_ends_one_sub_image_first():
+    order = token_order((2, 3, 8), 4, "image")
+    assert sorted(order.tolist()) == list(range(48)) and token_order((2, 3, 8), 4, "raster") is None
+    sub_image = order % 8 // 2
+    assert torch.equal(sub_image, torch.arange(4).repeat_interleave(12))
+    with pytest.raises(BadInput, match="6 patches along z do not divide into 4"):
+        token_order((2, 2, 6), 4, "image")
+
+
+def test_positions_follow_the_formula():
+    table, C = positions((3, 4, 5), 48), 48
+    for g, at in ((0, (0, 0, 0)), (27, (1, 1, 2)), (59, (2, 3, 4))):
+        want = []
+        for p in at:
+            angles = [p * 10000 ** (-i / (C / 6)) for i in range(C // 6)]
+            want += [np.sin(a) for a in angles] + [np.cos(a) for a in angles]
+        assert np.allclose(table[g], want, atol=1e-6)
+    assert positions((2, 2, 2), 1024).shape == (8, 1024) and positions((2, 2, 2), 1024)[:, 1020:].abs().sum() == 0
+
+
+def test_to_unit_maps_each_sub_image_by_its_own_window():
+    v = torch.randint(-1000, 1000, (2, 4, 4, 8), dtype=torch.int16)
+    window = torch.tensor([[[-500., 500.], [0., 100.]], [[-1000., 1000.], [7., 7.]]])
+    got = to_unit(v, window)
+    for b in range(2):
+        for s in range(2):
+            low, high = window[b, s]
+            want = ((v[b, :, :, 4 * s:4 * s + 4].float() - low) / max(high - low, 1e-6)).clamp(0, 1)
+            assert torch.allclose(got[b, :, :, 4 * s:4 * s + 4], want, atol=1e-6)
+
+
+def test_standardise_uses_the_unbiased_variance():
+    p = torch.rand(2, 3, 64)
+    t, mean, scale = standardise(p)
+    assert torch.allclose(scale[..., 0], torch.from_numpy((p.numpy().var(-1, ddof=1) + 1e-6) ** 0.5), atol=1e-6)
+    assert torch.allclose(t * scale + mean, p, atol=1e-5)
+    assert standardise(torch.full((1, 1, 64), 0.3))[0].abs().max() < 1e-3
+
+
+# ---------------------------------------------------------------- attention
+
+
+def brute_force(qkv, prefix):
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    out = torch.zeros_like(q)
+    for b, p in enumerate(prefix):
+        for i in range(q.shape[2]):
+            n = max(i + 1, p)
+            w = (q[b, :, i, None] * k[b, :, :n]).sum(-1) * q.shape[-1] ** -0.5
+            out[b, :, i] = (w.softmax(-1)[..., None] * v[b, :, :n]).sum(1)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_prefix_attention_against_loops(dtype, tolerance):
+    torch.manual_seed(0)
+    qkv, prefix = torch.randn(4, 21, 3, 2, 8).to(dtype), [0, 1, 20, 21]
+    assert close(prefix_attention(qkv, torch.tensor(prefix)), brute_force(qkv, prefix), tolerance)
+    assert close(prefix_attention(qkv), brute_force(qkv, [21] * 4), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ["raster", "image"])
+def test_nothing_leaks_from_the_future(order, dtype):
+    """Patch t of the sequence changes no prediction of patches 0 … t, for any t at or after the prefix."""
+    torch.manual_seed(1)
+    model = Model(Config(**TINY, images=2, order=order)).to(dtype)
+    volume, prefix = torch.rand(3, 8, 8, 16, dtype=dtype), torch.tensor([0, 5, 13])
+    G, grid = 16, (2, 2, 4)
+    place = token_order(grid, 2, order)
+    place = torch.arange(G) if place is None else place
+    with torch.no_grad():
+        _, before = model(volume, prefix)
+        for t in range(G):
+            patches = patchify(volume, 4)
+            patches[:, place[t]] = torch.rand(3, 64, dtype=dtype)
+            _, after = model(unpatchify(patches, grid), prefix)
+            for b, p in enumerate(prefix.tolist()):
+                if t >= p:
+                    assert torch.equal(before[b, :t + 1], after[b, :t + 1])
+                elif t < G - 1:
+                    assert not torch.equal(before[b, p], after[b, p])  # the prefix is seen by all
+                if t < G - 1:
+                    assert not torch.equal(before[b, t + 1:], after[b, t + 1:])
+
+
+def test_prefix_zero_is_causal_and_the_loss_counts_targets_alone():
+    torch.manual_seed(2)
+    model, volume = Model(Config(**TINY)), torch.rand(2, 8, 8, 8)
+    prefix = torch.tensor([0, 6])
+    loss, pred = model(volume, prefix)
+    errors, _ = model(volume, prefix, per_patch=True)
+    target = standardise(patchify(volume, 4))[0]
+    want = (pred - target).square().mean(-1)
+    assert pred.shape == (2, 8, 64) and torch.allclose(errors[0], want[0]) and errors[1, :6].abs().sum() == 0
+    assert torch.allclose(loss, (want[0].sum() + want[1, 6:].sum()) / 10)
+
+
+def test_it_computes_one_token_a_patch():
+    model, seen = Model(Config(**TINY)), []
+    model.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    model(torch.rand(1, 8, 8, 8), torch.tensor([3]))
+    model.encode(torch.rand(1, 8, 8, 8))
+    assert seen == [8, 9]
+
+
+def test_flops_agree_with_torch_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = Model(Config(width=96, layers=3, heads=3, patch=8)).bfloat16()  # whose attention is counted on a CPU too
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = model(torch.rand(1, 32, 32, 32).bfloat16(), torch.tensor([63]))  # all visible: no product is masked
+        loss.backward()
+    assert model.flops([32] * 3, prefix=63) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_one_batch_is_overfitted():
+    torch.manual_seed(3)
+    model, volume, prefix = Model(Config(**TINY)), torch.rand(2, 8, 8, 8), torch.tensor([2, 4])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(250):
+        loss, _ = model(volume, prefix)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert loss < 0.05
+
+
+def test_sizes_are_those_of_vit():
+    with torch.device("meta"):
+        count = {k: sum(w.numel() for w in Model(Config(**v)).parameters()) for k, v in SIZES.items()}
+    blocks = {k: v["layers"] * 12 * v["width"] ** 2 for k, v in SIZES.items()}
+    assert blocks["base"] == 84_934_656 and all(blocks[k] < count[k] < blocks[k] * 1.55 for k in SIZES)
+
+
+def test_bad_configurations():
+    for change, words in ((dict(heads=5), "multiple of heads 5"), (dict(order="spiral"), "'spiral'")):
+        with pytest.raises(BadInput, match=words):
+            Config(**{**TINY, **change})
