@@ -42,7 +42,7 @@ class Config:
 
 
 SIZES = {  # --size: ViT-S, ViT-B (published) and ViT-L, and one that a laptop trains in minutes
-    "nano": dict(width=192, layers=6, heads=6, patch=8),
+    "nano": dict(width=192, layers=6, heads=3, patch=8),
     "small": dict(width=384, layers=12, heads=6, patch=16),
     "base": dict(width=768, layers=12, heads=12, patch=16),
     "large": dict(width=1024, layers=24, heads=16, patch=16),
@@ -178,13 +178,22 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
         self.head = nn.Linear(c.width, c.patch ** 3)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """Xavier, the branches that add to the residual stream scaled by 1/√(2L); biases zero."""
+        c = self.config
         nn.init.normal_(self.begin, std=0.02)
         for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
-                residual = name.endswith(("proj", "fc2"))
-                nn.init.normal_(m.weight, std=0.02 / (2 * c.layers) ** 0.5 if residual else 0.02)
+                nn.init.xavier_normal_(m.weight, gain=(2 * c.layers) ** -0.5 if name.endswith(("proj", "fc2", "head")) else 1)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
+        # departs: the embedding starts nearly blind to a patch's brightness and, at the contrast that patches have inside
+        # (about 0.1 of the window), as large as the positions; brightness drowns the texture that is to be predicted
+        nn.init.normal_(self.embed.weight, std=10 * c.patch ** -1.5)
+        self.embed.weight -= 0.95 * self.embed.weight.mean(1, keepdim=True)
 
     def tokens(self, patches, grid, order=None):
         """The first n patches of the sequence [B, n, P³] -> [B, 1 + n, C]: begin, then patches at their positions."""
@@ -285,7 +294,7 @@ def load_pretrained(path, heads=None):
     if state.get("format") == FORMAT:
         config, weights = Config(**state["config"]), state["model"]
         if heads not in (None, config.heads):
-            raise BadInput(f"{path}: was trained with {config.heads} heads, not {heads}")
+            raise BadInput(f"{path}: was trained with {config.heads} heads, not {heads}; choose another --size, or leave heads out")
     elif isinstance(state.get("state_dict"), dict) and "model.embed_tokens.weight" in state["state_dict"]:
         config, weights = from_published(state["state_dict"], heads, path)
     else:
