@@ -1,9 +1,10 @@
 """What every script needs and no script should write twice: errors, files, processes, devices, checkpoints, schedules, logs.
 
-Sections: errors · files · processes · devices · random states · checkpoints · schedules · logs · measuring
+Sections: errors · files · processes · devices · random states · checkpoints · schedules · subsets · logs · measuring
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -151,8 +152,7 @@ def place(device="auto", dtype="auto", seed=0):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:
-        keep_freed_memory()
+    keep_freed_memory()
     if dtype == "auto":
         dtype = "bf16" if multiplies_bf16(device) else "fp32"
     if world > 1 and not torch.distributed.is_initialized():
@@ -316,6 +316,30 @@ def cosine_lr(step, steps, lr, warmup=0, final=0.0):
         return lr * (step + 1) / warmup
     t = (step - warmup) / max(1, steps - warmup)
     return final + (lr - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+
+
+def poly_lr(step, steps, lr, power=0.9):
+    """Learning rate of `step` (0-based) out of `steps`: from `lr` to 0 along a polynomial."""
+    return lr * (1 - min(step, steps) / steps) ** power
+
+
+# ---------------------------------------------------------------- subsets of labelled patients
+
+
+def label_subset(patients, share, seed=0, strata=None):
+    """The `share` of `patients` whose labels a run may see, in the order given: a set is part of every larger one.
+
+    Patients stand in the order of a hash of (seed, patient), so neither the list's order nor its length matters to who
+    comes first. With `strata` (one a patient: its class) the share is of each stratum. At least one a stratum.
+    """
+    if not 0 < share <= 1:
+        raise BadInput(f"--labels {share:g}: a share of the training patients, above 0 and up to 1")
+    groups = {}
+    for patient, stratum in zip(patients, strata if strata is not None else [None] * len(patients)):
+        groups.setdefault(stratum, {})[patient] = None
+    rank = lambda p: hashlib.blake2b(f"{seed} {p}".encode(), digest_size=8).hexdigest()  # noqa: E731
+    chosen = {p for g in groups.values() for p in sorted(g, key=rank)[:max(1, round(share * len(g)))]}
+    return [p for p in dict.fromkeys(patients) if p in chosen]
 
 
 # ---------------------------------------------------------------- logs

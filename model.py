@@ -5,7 +5,7 @@
     loss, pred = m(volume, prefix)                     # volume [B, X, Y, Z] in [0, 1], prefix [B] integers
     last, hidden = m.encode(volume)                    # last [B, G, C], hidden: a list of [B, G, C]
 
-Sections: configuration · patches and positions · attention · the transformer · classifier · weights
+Sections: configuration · patches and positions · attention · the transformer · classifier · segmentation · weights
 
 B batch, X Y Z voxels, P patch edge, G patches of a volume, N tokens, C width, H heads, D width of a head, L layers,
 S sub-images of a sequence, laid side by side along z.
@@ -73,26 +73,26 @@ def unpatchify(patches, grid):
 
 
 @lru_cache(maxsize=32)
-def token_order(grid, images, order):
+def token_order(grid, images, order, device="cpu"):
     """Place i of the sequence holds patch token_order[i] (numbered as `patchify` does): LongTensor [G], or None if i itself."""
     x, y, z = grid
     if order == "raster":
         return None
     if z % images:
         raise BadInput(f"--order image: {z} patches along z do not divide into {images} sub-images")
-    raster = torch.arange(x * y * z).view(x, y, images, z // images)
+    raster = torch.arange(x * y * z, device=device).view(x, y, images, z // images)
     return raster.permute(2, 0, 1, 3).reshape(-1)
 
 
 @lru_cache(maxsize=32)
-def positions(grid, width):
+def positions(grid, width, device="cpu"):
     """Fixed 3D sine-cosine table [G, C]: a third of C an axis, [sin(p·ω), cos(p·ω)], ω_i = 10000^(−i / (C/6)).
 
     Where 6 does not divide C (ViT-L), the last C mod 6 columns are zero.
     """
     n = width // 6
-    omega = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
-    axes = [torch.arange(g, dtype=torch.float64)[:, None] * omega for g in grid]       # [g, C/6] an axis
+    omega = 10000.0 ** (-torch.arange(n, dtype=torch.float64, device=device) / n)
+    axes = [torch.arange(g, dtype=torch.float64, device=device)[:, None] * omega for g in grid]  # [g, C/6] an axis
     axes = [torch.cat([a.sin(), a.cos()], 1) for a in axes]                            # [g, C/3]
     x, y, z = grid
     table = torch.cat([axes[0][:, None, None].expand(x, y, z, -1), axes[1][None, :, None].expand(x, y, z, -1),
@@ -197,7 +197,7 @@ class Model(nn.Module):
 
     def tokens(self, patches, grid, order=None):
         """The first n patches of the sequence [B, n, P³] -> [B, 1 + n, C]: begin, then patches at their positions."""
-        table = positions(grid, self.config.width).to(patches.device)
+        table = positions(grid, self.config.width, patches.device)
         table = table if order is None else table[order]
         x = self.embed(patches) + table[:patches.shape[1]].to(patches.dtype)
         begin = self.begin.to(x.dtype).expand(len(x), 1, -1)
@@ -208,12 +208,9 @@ class Model(nn.Module):
         if window is not None:
             volume = to_unit(volume, window)
         grid = grid_of(volume.shape[1:], self.config.patch)
-        order = token_order(grid, self.config.images, self.config.order)
+        order = token_order(grid, self.config.images, self.config.order, volume.device)
         patches = patchify(volume, self.config.patch)
-        if order is not None:
-            order = order.to(volume.device)
-            patches = patches[:, order]
-        return patches, grid, order
+        return patches if order is None else patches[:, order], grid, order
 
     def forward(self, volume, prefix, window=None, per_patch=False):
         """Predict each patch from those before it, and from the begin token and the first `prefix` patches for all.
@@ -268,17 +265,195 @@ class Model(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder, mean over the patch tokens, linear layer without bias (as published): [B, X, Y, Z] -> logits [B, K]."""
+    """Encoder, pooling, linear layer without bias: [B, X, Y, Z] -> logits [B, K].
 
-    def __init__(self, encoder, classes):
+    pool: mean over the patch tokens (published), or attention: their mean weighted by a softmax of learned scores, which
+    starts as the plain mean.
+    """
+
+    def __init__(self, encoder, classes, pool="mean"):
         super().__init__()
         self.encoder = encoder
         self.score = nn.Linear(encoder.config.width, classes, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
+        self.attend = nn.Linear(encoder.config.width, 1, bias=False) if pool == "attention" else None
+        if self.attend is not None:
+            nn.init.zeros_(self.attend.weight)
 
     def forward(self, volume):
-        last, _ = self.encoder.encode(volume)
-        return self.score(last.mean(1))
+        return self.score(self.pool(self.encoder.encode(volume)[0]))
+
+    def pool(self, last):
+        """Tokens [B, G, C] -> [B, C]."""
+        if self.attend is None:
+            return last.mean(1)
+        return (self.attend(last).softmax(1) * last).sum(1)
+
+
+def layer_decay_groups(model, lr, wd, decay=1.0):
+    """AdamW's groups for a network with an `encoder`, rates falling by `decay` a layer towards the input (Clark et al. 2020).
+
+    Embedding and begin token are layer 0, block i is layer i + 1, all else (final norm, head, decoder) is on top at `lr`.
+    A schedule sets group["lr"] = group["scale"] * lr. Frozen weights are left out; weight decay is for all, as published.
+    """
+    top, layers = model.encoder.config.layers + 1, {}
+    for name, w in model.named_parameters():
+        if w.requires_grad:
+            part = name.split(".")
+            block = part[:2] == ["encoder", "blocks"]
+            at = int(part[2]) + 1 if block else 0 if part[0] == "encoder" and part[1] in ("embed", "begin") else top
+            layers.setdefault(at, []).append(w)
+    return [dict(params=ws, scale=decay ** (top - at), lr=lr * decay ** (top - at), weight_decay=wd)
+            for at, ws in sorted(layers.items())]
+
+
+# ---------------------------------------------------------------- segmentation
+
+SEGMENTER = "ar3d-seg-1"  # the `format` of the checkpoints of finetune_seg.py
+
+
+def instance_norm(x):
+    """Each channel of each sample by its own mean and variance, no weights. A group a channel is the same, faster on a CPU."""
+    return F.group_norm(x, x.shape[1]) if x.device.type == "cpu" else F.instance_norm(x)
+
+
+class Residual(nn.Module):
+    """Two 3³ convolutions with instance norm, a 1³ one beside them where the width changes."""
+
+    def __init__(self, wide, narrow):
+        super().__init__()
+        self.conv1 = nn.Conv3d(wide, narrow, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(narrow, narrow, 3, padding=1, bias=False)
+        self.beside = nn.Conv3d(wide, narrow, 1, bias=False) if wide != narrow else None
+
+    def forward(self, x):
+        y = F.leaky_relu(instance_norm(self.conv1(x)), 0.01)
+        y = instance_norm(self.conv2(y))
+        x = x if self.beside is None else instance_norm(self.beside(x))
+        return F.leaky_relu(x + y, 0.01)
+
+
+def upsampler(wide, narrow, stride):
+    return nn.ConvTranspose3d(wide, narrow, stride, stride, bias=False)
+
+
+class Decoder(nn.Module):
+    """UNETR (Hatamizadeh et al. 2022): three hidden states and the last one, brought from the patch grid up to the voxels.
+
+    The scan joins in at full resolution. Four up-samplings undo a patch of 16; a smaller patch needs fewer, and the first
+    ones keep the size (stride 1). `f` is the feature size, 16 in the paper.
+    """
+
+    def __init__(self, width, patch, classes, f=16):
+        super().__init__()
+        if patch not in (2, 4, 8, 16):
+            raise BadInput(f"patch {patch}: UNETR's decoder doubles the grid, so the patch must be 2, 4, 8 or 16")
+        n = patch.bit_length() - 1
+        s = [1] * (4 - n) + [2] * n                                                    # of the four stages, from the grid up
+        self.skip0 = Residual(1, f)                                                    # the scan itself
+        self.skip1 = self.climb(width, 2 * f, s[:3])
+        self.skip2 = self.climb(width, 4 * f, s[:2])
+        self.skip3 = self.climb(width, 8 * f, s[:1])
+        self.up = nn.ModuleList(upsampler(a, b, k) for a, b, k in zip((width, 8 * f, 4 * f, 2 * f), (8 * f, 4 * f, 2 * f, f), s))
+        self.join = nn.ModuleList(Residual(2 * b, b) for b in (8 * f, 4 * f, 2 * f, f))
+        self.out = nn.Conv3d(f, classes, 1)
+
+    @staticmethod
+    def climb(width, narrow, strides):
+        first, *rest = strides
+        return nn.Sequential(upsampler(width, narrow, first),
+                             *(m for k in rest for m in (upsampler(narrow, narrow, k), Residual(narrow, narrow))))
+
+    def forward(self, scan, grids):
+        """scan [B, 1, X, Y, Z], grids: four of [B, C, x, y, z], the last one the deepest -> logits [B, K, X, Y, Z]."""
+        g1, g2, g3, x = grids
+        for up, join, skip in zip(self.up, self.join, (self.skip3(g3), self.skip2(g2), self.skip1(g1), self.skip0(scan))):
+            x = join(torch.cat([up(x), skip], 1))
+        return self.out(x)
+
+
+class Segmenter(nn.Module):
+    """Encoder with everything visible and UNETR's decoder: [B, X, Y, Z] in [0, 1] -> logits [B, K, X, Y, Z].
+
+    Any size that the patch divides, whatever the pre-training grid: positions are computed. Skips are the outputs of
+    blocks L/4, L/2 and 3L/4 (0-based; 3, 6 and 9 of 12), and the final norm.
+    """
+
+    def __init__(self, encoder, classes, features=16):
+        super().__init__()
+        self.encoder, self.classes = encoder, classes
+        self.decoder = Decoder(encoder.config.width, encoder.config.patch, classes, features)
+        encoder.head.requires_grad_(False)                                             # predicts patches: no part in this
+
+    def forward(self, volume):
+        _, hidden = self.encoder.encode(volume)
+        L, grid = len(hidden), grid_of(volume.shape[1:], self.encoder.config.patch)
+        grids = [h.mT.reshape(len(volume), -1, *grid) for h in (*(hidden[L * i // 4] for i in (1, 2, 3)), hidden[-1])]
+        return self.decoder(volume[:, None], grids)
+
+
+def load_segmenter(path):
+    """The Segmenter in a checkpoint of finetune_seg.py, and what it was made for: task, classes, window, spacing, roi, …"""
+    state = load_checkpoint(path, SEGMENTER)
+    made = state["made"]
+    net = Segmenter(Model(Config(**state["config"])), len(made["classes"]) + 1, made["features"])
+    fit(net, state["model"], path)
+    return net, made
+
+
+def window_starts(size, roi, overlap):
+    """Where windows start along an axis: 1 + ceil((size − roi) / step) of them, step = roi · (1 − overlap); the last is flush."""
+    step = max(1, int(roi * (1 - overlap)))
+    return [min(i * step, size - roi) for i in range(1 + -(-max(0, size - roi) // step))] if size > roi else [0]
+
+
+@torch.no_grad()
+def sliding_window(predict, volume, roi, overlap=0.75, batch=4, device="cpu", mirror=()):
+    """Mean of the windows' predictions with Gaussian weights (σ = roi / 8, as nnU-Net has it), float32 [K, X, Y, Z].
+
+    predict: [B, *roi] on `device` -> [B, K, *roi]. volume: [X, Y, Z] on the host; padded with zeros where it is smaller
+    than the window. mirror: axes (0, 1, 2); the mean over all flips of them. The sum stays on a GPU if it takes less than
+    half of the free memory, else on the host.
+    """
+    roi, device, size = tuple(roi), torch.device(device), volume.shape
+    short = [max(0, r - n) for r, n in zip(roi, size)]
+    volume = F.pad(volume, [p for s in reversed(short) for p in (s // 2, s - s // 2)]) if any(short) else volume
+    X, Y, Z = volume.shape
+    corners = [(x, y, z) for x in window_starts(X, roi[0], overlap) for y in window_starts(Y, roi[1], overlap)
+               for z in window_starts(Z, roi[2], overlap)]
+    bells = [torch.exp(-0.5 * ((torch.arange(r) - (r - 1) / 2) / (r / 8)) ** 2) for r in roi]
+    weight = (bells[0][:, None, None] * bells[1][:, None] * bells[2]).clamp(min=1e-3)  # the corners would all but vanish
+    flips = [()]
+    for axis in mirror:
+        flips += [(*f, axis + 1) for f in flips]
+    total = None
+    for i in range(0, len(corners), batch):
+        some = [tuple(slice(a, a + r) for a, r in zip(c, roi)) for c in corners[i:i + batch]]
+        x = torch.stack([volume[box] for box in some]).to(device).float()              # [B, *roi]
+        y = 0
+        for axes in flips:
+            z = predict(x.flip(axes)).float()                                          # [B, K, *roi]
+            y = y + (z.flip([a + 1 for a in axes]) if axes else z)
+        if total is None:
+            K = y.shape[1]
+            room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+            home = device if 4 * (K + 1) * X * Y * Z < room / 2 else torch.device("cpu")
+            total, norm, weight = torch.zeros(K, X, Y, Z, device=home), torch.zeros(X, Y, Z, device=home), weight.to(device)
+        y = (y * (weight / len(flips))).to(home)
+        for box, part in zip(some, y):
+            total[(slice(None), *box)] += part
+            norm[box] += weight.to(home)
+    for x in range(X):                                                                 # a slice at a time: no second buffer
+        total[:, x] /= norm[x]
+    a, b, c = (s // 2 for s in short)
+    return total[:, a:a + size[0], b:b + size[1], c:c + size[2]]
+
+
+def overlap_counts(found, truth, classes):
+    """Voxels of each class in both label maps, in `found`, and in `truth`: int64 [K, 3]. Dice = 2 · both / (found + truth)."""
+    found, truth = found.reshape(-1).long(), truth.reshape(-1).long()
+    both = torch.bincount(found[found == truth], minlength=classes)
+    return torch.stack([both, torch.bincount(found, minlength=classes), torch.bincount(truth, minlength=classes)], 1)
 
 
 # ---------------------------------------------------------------- weights

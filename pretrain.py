@@ -14,8 +14,6 @@ Sections: arguments · data · evaluation · pictures · training step · bench 
 B batch, S sub-images, G patches of a sequence, P³ voxels of a patch.
 """
 import argparse
-import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -103,8 +101,9 @@ def settle(args, where):
     if args.batch % where.world:
         raise BadInput(f"--batch {args.batch} does not divide over {where.world} ranks")
     share = args.batch // where.world
-    if args.micro is None:  # the largest divisor of this rank's share that fits
-        args.micro = max(m for m in range(1, min(share, 72 if cuda else 8) + 1) if share % m == 0)
+    if args.micro is None or args.resume and share % args.micro:  # the largest divisor of this rank's share that fits
+        most = args.micro or (72 if cuda else 8)
+        args.micro = max(m for m in range(1, min(share, most) + 1) if share % m == 0)
     if args.micro < 1 or share % args.micro:
         raise BadInput(f"--micro {args.micro} does not divide the {share} sequences of a step on each of {where.world} ranks")
 
@@ -229,7 +228,7 @@ def draw_curves(path, rows, trivial):
             ax.axhline(trivial[kind][1], color=colour, ls=":", lw=1, label=f"an earlier patch, {kind} ({trivial[kind][2]} back)")
     ax.axhline(np.mean([t[0] for t in trivial.values()]), color="k", ls="--", lw=1, label="the patch mean")
     ax.set(xlabel="step", ylabel="mean squared error of standardised patches", title="next-patch prediction")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.grid(alpha=0.3)
     with write_beside(path) as tmp:
         fig.savefig(tmp, dpi=110, bbox_inches="tight")
@@ -242,8 +241,8 @@ def draw_samples(path, model, data, where, args):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    names = ("truth", "prefix", "predicted")
-    fig, axes = plt.subplots(3 * len(data.kinds), 1, figsize=(2.6 * args.images, 8 * len(data.kinds)), squeeze=False)
+    names = ("truth: the middle slice of each sub-image", "what the prefix shows", "each next patch, predicted from the true ones before it")
+    fig, axes = plt.subplots(len(data.kinds), 3, figsize=(4.6 * args.images, 1.8 * len(data.kinds)), squeeze=False)
     middle = [s * data.depth + data.depth // 2 for s in range(args.images)]
     for row, kind in enumerate(data.kinds):
         b = to_device(torch.utils.data.default_collate([data[row]]), where.device)
@@ -251,7 +250,7 @@ def draw_samples(path, model, data, where, args):
         G = patches.shape[1]
         prefix = torch.full((1,), G // 4, device=where.device)
         with where.autocast():
-            _, pred = model(b["volume"], prefix, b["window"])
+            _, pred = model.forward(b["volume"], prefix, b["window"])  # not the compiled one: a single picture
         _, mean, scale = standardise(patches)
         shown = torch.arange(G, device=where.device)[:, None] < prefix
         views = [patches, patches.where(shown, torch.nan), patches.where(shown, pred.float() * scale + mean)]
@@ -259,10 +258,10 @@ def draw_samples(path, model, data, where, args):
             if order is not None:  # back to the numbering of patchify
                 view = view[:, torch.argsort(order)]
             volume = unpatchify(view, grid)[0].clamp(0, 1).cpu()
-            ax = axes[3 * row + i, 0]
+            ax = axes[row, i]
             ax.imshow(torch.cat([volume[:, :, z] for z in middle]).T, cmap="gray", origin="lower", vmin=0, vmax=1)
             ax.set_facecolor("tab:blue")
-            ax.set(xticks=[], yticks=[], ylabel=name, title=f"{kind}: middle slice of each sub-image" if i == 0 else None)
+            ax.set(xticks=[], yticks=[], ylabel=None if i else kind, title=None if row else name)
     fig.tight_layout()
     with write_beside(path) as tmp:
         fig.savefig(tmp, dpi=80)
@@ -413,7 +412,7 @@ def main():
     optimiser = make_optimiser(model, args)
     first, best = 0, float("inf")
     if state:
-        if not os.path.samefile(corpus, state["args"]["data"]) if Path(state["args"]["data"]).exists() else True:
+        if Path(corpus).resolve() != Path(state["args"]["data"]).resolve():
             where.say(f"goes on with {corpus} instead of {state['args']['data']}")
         optimiser.load_state_dict(state["optimiser"])
         first, best = state["step"], state["best"]
@@ -428,9 +427,9 @@ def main():
     loader = torch.utils.data.DataLoader(train, batch_sampler=micro_batches(first, args, where), num_workers=args.workers,
                                          pin_memory=where.device.type == "cuda", prefetch_factor=4 if args.workers else None)
     batches = iter(loader)
+    rate = matmul_rate(where.device, where.dtype)
     if state:
         set_random_states(state["random"], where)
-    rate = matmul_rate(where.device, where.dtype)
     flops = model.flops(shape, 0 if args.attention == "causal" else None) * args.batch / where.world
 
     def save(step):

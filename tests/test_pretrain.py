@@ -88,7 +88,7 @@ def test_sigterm_saves_and_leaves(script, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_end_in_the_same_weights(script, tmp_path):
-    flags = [*SMALL[:SMALL.index("--steps")], "--steps", 300, "--val-samples", 2, "--val-every", 20, "--save-every", 7, "--dtype", "fp32",
+    flags = [*SMALL[:SMALL.index("--steps")], "--steps", 1500, "--val-samples", 2, "--val-every", 100, "--save-every", 7, "--dtype", "fp32",
              "--workers", 2]
     script("pretrain.py", *flags, "--out", tmp_path / "whole")
     draw, kills, steps = random.Random(0), 0, set()

@@ -89,7 +89,9 @@ def test_every_kind_of_bad_file_has_its_reason(tmp_path):
     save(tmp_path / "s/nan.nii", np.where(good == 5, np.nan, good), dtype=np.float32)
     save(tmp_path / "s/vector.nii", np.zeros((9, 9, 9, 1, 3)))
     save(tmp_path / "s/complex.nii", good, dtype=np.complex64)
-    save(tmp_path / "s/nowhere.nii", good, np.diag([0, 1, 1, 1.0]))
+    raw = bytearray(save(tmp_path / "s/nowhere.nii", good).read_bytes())
+    raw[252:256], raw[280:296] = np.array([0, 1], "<i2").tobytes(), bytes(16)  # the sform alone, its first row all zeros
+    (tmp_path / "s/nowhere.nii").write_bytes(raw)
     (tmp_path / "s/cut.nii").write_bytes((tmp_path / "s/good.nii").read_bytes()[:1000])
     (tmp_path / "s/text.nii.gz").write_text("not a scan")
     (tmp_path / "s/._good.nii").write_text("macOS litter")
@@ -117,7 +119,7 @@ def test_to_int16_is_exact_for_integers_and_fine_for_floats():
         stored, slope, inter = to_int16(values)
         assert stored.dtype == np.int16 and np.array_equal(stored * slope + inter, values)
         assert np.array_equal(to_int16(values.astype(np.float32))[0], stored)
-    values = np.random.default_rng(0).normal(0, 1, (20, 20, 20)).astype(np.float32)
+    values = np.random.default_rng(0).normal(0, 1, (40, 40, 40)).astype(np.float32)
     stored, slope, inter = to_int16(values)
     assert abs(stored * slope + inter - values).max() <= slope and slope < 2e-4
     values[0, 0, 0] = 1e6  # an outlier must not take the levels of all others
@@ -232,7 +234,9 @@ def test_an_array_that_was_cut_short_is_named(tmp_path):
 def test_window_is_the_exact_percentile():
     rng = np.random.default_rng(0)
     for crop in (rng.normal(0, 300, (20, 20, 20)).astype(np.int16), rng.integers(-32768, 32767, (9, 9, 9)).astype(np.int16)):
-        assert window_of(crop).tolist() == np.percentile(crop, [1, 99.9], method="lower").tolist()
+        assert window_of(torch.from_numpy(crop)).tolist() == np.percentile(crop, [1, 99.9], method="lower").tolist()
+    large = rng.normal(0, 300, (70, 70, 70)).astype(np.int16)
+    assert window_of(torch.from_numpy(large)).tolist() == np.percentile(large[:, ::3], [1, 99.9], method="lower").tolist()
 
 
 def test_a_sequence_depends_on_its_number_alone(corpus):
@@ -310,8 +314,11 @@ def test_scans_thinner_than_the_crop_are_resized(tmp_path):
     rows_and_skipped(tmp_path / "c", tmp_path / "s")
     v = Sequences(tmp_path / "c", size=32, stride=8, mix={"spatial": 1})[0]["volume"]
     assert v.shape == (32, 32, 32) and v.float().std() > 10
-    line = np.zeros((2, 2, 4), np.int16) + np.array([0, 10, 20, 30], np.int16)
+    line = torch.tensor([0, 10, 20, 30], dtype=torch.int16).expand(2, 2, 4)
     assert resize(line, (2, 2, 8))[0, 0].tolist() == [0, 2, 8, 12, 18, 22, 28, 30]  # half-voxel centres, rounded to even
+    crop = torch.randint(-1000, 1000, (9, 20, 13), dtype=torch.int16)
+    want = torch.nn.functional.interpolate(crop[None, None].float(), (16, 16, 16), mode="trilinear")[0, 0]
+    assert (resize(crop, (16, 16, 16)) - want).abs().max() < 0.51
 
 
 @pytest.mark.parametrize("order", ["raster", "image"])
