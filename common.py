@@ -83,6 +83,12 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def one_thread():
+    """In a worker: PyTorch's threads do not survive a fork, and a worker that waits for them waits for ever."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 def parallel(fn, items, workers=None, desc=None):
     """Yield fn(item) in the order of `items`, from `workers` processes (None: one a core; 0 or 1: this one), with a bar."""
     items = list(items)
@@ -91,7 +97,7 @@ def parallel(fn, items, workers=None, desc=None):
     if workers <= 1:
         yield from tqdm(map(fn, items), **bar)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=one_thread) as pool:
         try:
             yield from tqdm(pool.map(fn, items), **bar)
         except BaseException:
@@ -128,6 +134,15 @@ class Place:
             import torch.distributed as dist
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value):
+        """`value` (anything that pickles) of every rank, as a list."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self):
         if self.world > 1:

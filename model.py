@@ -22,6 +22,7 @@ from common import BadInput, load_checkpoint
 # ---------------------------------------------------------------- configuration
 
 FORMAT = "ar3d-pretrain-1"  # the `format` of the checkpoints that hold this model
+CLS_FORMAT = "ar3d-classifier-1"  # the classifiers of finetune_cls.py
 
 
 @dataclass

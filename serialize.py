@@ -400,7 +400,8 @@ def place_lesion(lesion, own, ras):
 def build(jobs, skipped, out, val=0.05, seed=0, workers=None, say=print):
     """Run the jobs that the corpus in folder `out` does not hold yet, then write its index and skipped.csv."""
     out = Path(out)
-    rows = read_index(out) if (out / "index.jsonl").exists() else []
+    partly = next((f for f in ("index.part.jsonl", "index.jsonl") if (out / f).exists()), None)
+    rows = read_index(out, partly) if partly else []
     held = {(r["kind"], r["job"], *r["stamp"]) for r in rows}
     todo = [{**j, "out": str(out)} for j in jobs
             if (j["kind"], os.path.abspath(j["source"]), *stamp_of(j)) not in held]
@@ -421,14 +422,14 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, say=print):
         seen.update({(r["kind"], r["hash"]): r["source"] for r in new})
         rows += new
         if time.monotonic() - saved > 10:           # a kill costs ten seconds of work
-            write_index(out, rows)
+            write_index(out, rows, "index.part.jsonl")
             saved = time.monotonic()
     if not rows:
         first = f"; the first of {len(skipped)} reasons: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise BadInput(f"none of the files could be used{first}")
     write_index(out, split_by_patient(rows, val, seed))
-    with write_beside(out / "skipped.csv") as tmp, open(tmp, "w", newline="") as f:
-        csv.writer(f).writerows([("source", "reason"), *skipped])
+    (out / "index.part.jsonl").unlink(missing_ok=True)
+    write_skipped(out / "skipped.csv", skipped, {str(j["source"]) for j in jobs})
     summarise(rows, skipped, out, say)
     return rows
 
@@ -450,14 +451,25 @@ def summarise(rows, skipped, out, say):
         say(f"{len(skipped)} skipped in all, each with its reason in {out / 'skipped.csv'}")
 
 
-def write_index(out, rows):
-    with write_beside(Path(out) / "index.jsonl") as tmp:
+def write_skipped(path, skipped, tried):
+    """List what was skipped, after what earlier runs skipped and this one has not tried again."""
+    skipped = [(str(source), reason) for source, reason in skipped]
+    now, earlier = tried | {source for source, _ in skipped}, []
+    if path.exists():
+        with open(path, newline="") as f:
+            earlier = [(r["source"], r["reason"]) for r in csv.DictReader(f) if r["source"] not in now]
+    with write_beside(path) as tmp, open(tmp, "w", newline="") as f:
+        csv.writer(f).writerows([("source", "reason"), *earlier, *skipped])
+
+
+def write_index(out, rows, name="index.jsonl"):
+    with write_beside(Path(out) / name) as tmp:
         tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def read_index(corpus):
+def read_index(corpus, name="index.jsonl"):
     """The rows of a corpus; BadInput if it is not one, or if an array of it is missing or cut short."""
-    path = Path(corpus) / "index.jsonl"
+    path = Path(corpus) / name
     if not path.is_file():
         raise BadInput(f"{corpus}: no corpus there (index.jsonl); build one: python serialize.py --phantom, or --spatial DIR")
     try:

@@ -165,9 +165,21 @@ def test_a_build_that_is_killed_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(serialize, "read_scan", read_scan)
     with pytest.raises(KeyboardInterrupt):
         rows_and_skipped(tmp_path / "c", tmp_path / "s")
+    with pytest.raises(BadInput, match="no corpus there"):  # nobody trains on half of it
+        read_index(tmp_path / "c")
     read.append("")  # past the fourth
     rows, _ = rows_and_skipped(tmp_path / "c", tmp_path / "s")
+    assert rows == read_index(tmp_path / "c") and not (tmp_path / "c/index.part.jsonl").exists()
     assert sorted(read) == ["", *(f"{n}.nii" for n in range(6))] and len(rows) == 6
+
+
+def test_skipped_files_of_an_earlier_run_stay_listed_until_they_are_tried_again(tmp_path):
+    save(tmp_path / "a/good.nii", ramp(9, 9, 9)), save(tmp_path / "a/flat.nii", ramp(9, 9, 1))
+    save(tmp_path / "b/other.nii", ramp(9, 9, 10)), save(tmp_path / "b/thin.nii", ramp(9, 9, 4))
+    rows_and_skipped(tmp_path / "c", tmp_path / "a")
+    assert set(rows_and_skipped(tmp_path / "c", tmp_path / "b")[1]) == {"flat.nii", "thin.nii"}
+    save(tmp_path / "a/flat.nii", ramp(9, 9, 11))
+    assert set(rows_and_skipped(tmp_path / "c", tmp_path / "a")[1]) == {"thin.nii"}
 
 
 def test_the_same_voxels_under_two_names_are_kept_once(tmp_path):
