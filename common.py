@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -157,6 +158,10 @@ def place(device="auto", dtype="auto", seed=0):
     """
     import torch
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not 0 <= seed < 2 ** 32 - world:
+        raise BadInput(f"--seed {seed}: a number from 0 to {2 ** 32 - world - 1}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise BadInput(f"--device {device}: auto, cpu, cuda or cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -164,6 +169,8 @@ def place(device="auto", dtype="auto", seed=0):
     if device == "cuda":
         device = f"cuda:{local}"
     device = torch.device(device)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise BadInput(f"{device}: there are {torch.cuda.device_count()} CUDA devices; lower --nproc_per_node, or name another --device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

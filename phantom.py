@@ -13,6 +13,7 @@ x to the right, y to the front, z to the head: RAS+). Every patient has organs o
 random field bends the whole. A distance becomes an edge about one voxel wide (partial volume); the label is its half.
 """
 import argparse
+import copy
 import csv
 import functools
 import gzip
@@ -28,10 +29,10 @@ from scipy.spatial.transform import Rotation
 from common import BadInput, cli, parallel, read_json, write_beside, write_json
 
 PARTS = ("amos", "brats", "deeplesion", "nodule", "ricord")
-VERSION = 1  # of the made-up patients: folders of another version are not mixed with this one's
+VERSION = 2  # of the made-up patients: folders of another version are not mixed with this one's
 
 # Patients of each part: (training, validation), or (training, validation, test), or in all.
-COUNTS = {"small": dict(amos=(12, 4), brats=8, deeplesion=48, nodule=(120, 24, 48), ricord=(12, 4, 8)),
+COUNTS = {"small": dict(amos=(12, 4), brats=8, deeplesion=48, nodule=(480, 120, 240), ricord=(12, 4, 8)),
           "full": dict(amos=(4, 2), brats=4, deeplesion=40, nodule=(1158, 165, 310), ricord=(194, 52, 84))}
 # Voxels of a volume, and the most that a patient's may differ from it.
 SHAPES = {"small": dict(amos=((80, 80, 72), (6, 6, 5)), brats=((72, 72, 50), (3, 3, 4)), deeplesion=((80, 80, 22), (5, 5, 4)),
@@ -827,8 +828,17 @@ def write_deeplesion(out, size="small", seed=0, workers=None):
 
 def nodule_patient(i, folder, size, seed):
     rng, _ = new_patient(seed, "nodule", i, size)
-    label = int(rng.random() < 0.45)
-    return label, nodule(rng, label, NODULE_EDGES[size])
+    label, other = int(rng.random() < 0.45), int(rng.random() < 0.5)
+    twins = [nodule(copy.deepcopy(rng), malignant, NODULE_EDGES[size]) for malignant in (0, 1)]
+    return label, [with_grey_levels(v, w, rng) for v, w in zip(twins[label], twins[other])]
+
+
+def with_grey_levels(image, other, rng):
+    """`image` with the histogram of `other`, rank by rank: the twin is drawn without a look at the label, so no statistic of
+    the grey levels (mean, spread, percentiles, or any mixture of them) tells the classes apart."""
+    out = np.empty_like(image).ravel()
+    out[np.lexsort((rng.random(image.size), image.ravel()))] = np.sort(other, axis=None)
+    return out.reshape(image.shape)
 
 
 def write_nodules(out, size="small", seed=0, workers=None):

@@ -53,6 +53,7 @@ def parser():
     g.add_argument("--bench", action="store_true", help="time training steps on random voxels, write nothing")
     g = p.add_argument_group("model")
     g.add_argument("--size", choices=list(SIZES), help="published: base (the default with CUDA; nano without)")
+    g.add_argument("--target", choices=["pixel"], default="pixel", help="published: pixel, standardised patches (codes are not built yet)")
     g.add_argument("--attention", choices=["prefix", "causal"], default="prefix", help="published: prefix, a random start-up; causal: none")
     g.add_argument("--order", choices=["raster", "image"], default="raster", help="of the patches (published: raster, over the joined volume)")
     g = p.add_argument_group("sequences")
@@ -74,6 +75,7 @@ def parser():
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the matrix products (published: bf16)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g.add_argument("--kernels", choices=["auto", "torch"], default="auto", help="auto is torch: Triton kernels are not built yet")
     g.add_argument("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, 0 without)")
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", type=int, default=10, help="steps (default %(default)s)")
@@ -95,9 +97,13 @@ def settle(args, where):
     cuda = where.device.type == "cuda"
     args.compile = cuda if args.compile is None else args.compile
     args.workers = (8 if cuda else 0) if args.workers is None else args.workers
-    for name in ("batch", "images", "val_samples", "val_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    at_least = dict(batch=1, images=1, val_samples=1, val_every=1, save_every=1, log_every=1, steps=1, stop_after=1,
+                    workers=0, warmup=0, wd=0, clip=0, lr=1e-12, epochs=1e-6, beta2=0)
+    for name, least in at_least.items():
+        if getattr(args, name) is not None and not getattr(args, name) >= least:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
+    if args.beta2 >= 1:
+        raise BadInput(f"--beta2 {args.beta2}: less than 1 is needed")
     if args.batch % where.world:
         raise BadInput(f"--batch {args.batch} does not divide over {where.world} ranks")
     share = args.batch // where.world
@@ -177,22 +183,21 @@ def evaluate(model, batches, where):
 
 
 @torch.no_grad()
-def trivial_predictors(model, batches, where):
+def trivial_predictors(model, batches, G, where):
     """What two predictors that know nothing reach on the very same targets: {kind: (mean, copy, distance)}.
 
     mean: a patch's own mean, 0 once standardised (loss 1, less for patches of one value). copy: the patch `distance`
     places earlier in the sequence, scaled by least squares, both fitted to these targets; where there is none, the mean.
     """
-    sums = None
+    # products, squares of the earlier patch, squares of the targets, voxels of the targets; a column a distance
+    sums = torch.zeros(len(KINDS), 4, G, dtype=torch.float64, device=where.device)
+    apart = torch.arange(G)[:, None] - torch.arange(G)
     for batch in batches:
         for sample in range(len(batch["volume"])):
             b = {k: v[sample:sample + 1].to(where.device) for k, v in batch.items()}
             t = standardise(model.sequence(b["volume"], b["window"])[0])[0][0]         # [G, P³]
-            G, first = len(t), b["prefix"].item()
+            first = b["prefix"].item()
             gram = (t @ t.T).double()                                                  # [G, G]
-            if sums is None:  # products, squares of the earlier patch, targets' squares and number of voxels, a distance
-                sums = torch.zeros(len(KINDS), 4, G, dtype=torch.float64, device=where.device)
-                apart = torch.arange(G)[:, None] - torch.arange(G)
             rows, cols = (apart[first:] > 0).nonzero(as_tuple=True)
             rows, d = rows + first, apart[rows + first, cols]
             s = sums[b["kind"].item()]
@@ -406,7 +411,7 @@ def main():
     if args.steps is None:
         args.steps = max(1, round(args.epochs * sum(PUBLISHED[k] * probe.have[k] for k in probe.kinds) / args.batch))
     val_batches = validation_set(val, G, args, where)
-    trivial = trivial_predictors(model, val_batches, where)
+    trivial = trivial_predictors(model, val_batches, G, where)
 
     # resume, optimiser
     optimiser = make_optimiser(model, args)
@@ -425,7 +430,7 @@ def main():
         log = Log(out / "log.jsonl", resume_step=first if state else None)
         write_json(out / "args.json", vars(args))
     loader = torch.utils.data.DataLoader(train, batch_sampler=micro_batches(first, args, where), num_workers=args.workers,
-                                         pin_memory=where.device.type == "cuda", prefetch_factor=4 if args.workers else None)
+                                         pin_memory=where.device.type == "cuda", prefetch_factor=2 if args.workers else None)
     batches = iter(loader)
     rate = matmul_rate(where.device, where.dtype)
     if state:
@@ -459,19 +464,21 @@ def main():
     running, since = torch.zeros((), device=where.device), first
     bar = tqdm(total=args.steps, initial=first, disable=not where.main, mininterval=1, desc="pre-training", unit="step")
     clock, step, losses = time.perf_counter(), first, None
+    ask_often = where.world == 1 or where.device.type == "cpu"  # whether to stop: asking costs a GPU its queue
     while step < last:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
-        logged = (step + 1) % args.log_every == 0 or step + 1 == last or where.world == 1 and stop.asked
+        stopping = ask_often and stop.agreed(where)
+        logged = (step + 1) % args.log_every == 0 or step + 1 == last or stopping
         loss, norm = train_step(net, batches, draw_prefixes(step, G, args), G, optimiser, lr, args, where, logged)
         running += loss
         step += 1
         bar.update()
-        stopping = False
         if logged:
+            stopping = stopping or stop.agreed(where)
             mean = where.sum(running).item() / (step - since)
-            seconds = time.perf_counter() - clock
-            stopping = stop.agreed(where)
+            seconds = where.sum(torch.tensor(time.perf_counter() - clock, device=where.device)).item() / where.world
             speed = (step - since) / seconds
+            ask_often = ask_often or speed < 1
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
             if where.main:
                 log.write(step=step, loss=mean, lr=lr, grad_norm=norm.item(), samples_per_s=speed * args.batch,

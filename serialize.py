@@ -38,7 +38,8 @@ KINDS = ("spatial", "contrast", "semantic")
 CONTRASTS = ("t1n", "t1c", "t2w", "t2f")            # BraTS 2023, in the published order
 PUBLISHED = dict(spatial=50, contrast=100, semantic=20_000)  # crops a scan, boxes a patient, tuples a lesion type
 NIFTI, SITK = (".nii", ".nii.gz", ".hdr"), (".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")
-LABELS = ("*/labels*/*", "*/segmentations/*", "*[-_]seg.*", "*[-_]seg[-_.]*", "*[-_]mask.*", "*[-_]label.*")
+LABELS = ("*/label*/*", "*/mask*/*", "*/segmentation*/*", "*/derivatives/*", "*[-_]seg.*", "*[-_]seg[-_.]*", "*[-_]mask.*", "*[-_]msk.*",
+          "*[-_]label.*")                           # matched below the folder that is named, in lower case
 SMALLEST = 8                                        # voxels along an axis; less is a 2D image or a scout
 
 # ---------------------------------------------------------------- reading scans
@@ -133,7 +134,7 @@ def to_int16(values):
         raise BadInput(f"all voxels are equal ({low:g})")
     if whole and high - low <= 65535:
         inter = 0 if low >= -32768 and high <= 32767 else int(low) + 32768
-        return (values - inter if inter else values).astype(np.int16), 1.0, float(inter)
+        return (values.astype(np.int64) - inter if inter else values).astype(np.int16), 1.0, float(inter)
     a, b = np.percentile(values, [0.01, 99.99])
     if b > a:
         low, high = max(low, a - (b - a)), min(high, b + (b - a))
@@ -262,7 +263,8 @@ def scans_under(folder, exclude):
     for f in sorted([folder] if folder.is_file() else folder.rglob("*")):
         if not f.is_file() or not suffix_of(f) or f.name.startswith("._"):  # ._ is macOS litter
             continue
-        if any(fnmatch.fnmatch(str(f).lower(), p) for p in exclude):
+        below = f"/{f.relative_to(folder) if folder.is_dir() else f.name}".lower()
+        if any(fnmatch.fnmatch(below, p) for p in exclude):
             labels.append(f)
         elif suffix_of(f) != ".dcm":
             found.append(f)
@@ -281,15 +283,30 @@ def spatial_jobs(folders, exclude, patient):
         skipped += [(f, "looks like a label map (--exclude)") for f in labels]
         often = Counter(stem_of(f) for f in found)
         for f in found:
-            if patient:
-                match = re.search(patient, str(f))
-                who = match and (match.group(1) if match.groups() else match.group())
-                if not who:
-                    raise BadInput(f"--patient {patient!r} does not match {f}")
-            else:  # ct.nii.gz in a folder a patient, or a file a patient
-                who = stem_of(f) if often[stem_of(f)] == 1 else str(f.parent.relative_to(folder))
+            who = patient_of(f, Path(folder), often[stem_of(f)] > 1, patient)
             jobs.append(dict(kind="spatial", source=f, patient=f"{Path(folder).name}/{who}", group=""))
     return jobs, skipped
+
+
+def patient_of(file, folder, shared_name, regex=None):
+    """Whose scan it is, so that no patient stands on both sides of the split: what --patient finds in the path, a BIDS or
+    BraTS patient in it, the first folder of a DICOM series, the folder of a file whose name many have, or the file's name
+    (less nnU-Net's channel, CASE_0000)."""
+    if regex:
+        try:
+            match = re.search(regex, str(file))
+        except re.error as e:
+            raise BadInput(f"--patient {regex!r}: not a regular expression ({e})") from None
+        who = match and (match.group(1) if match.groups() else match.group())
+        if not who:
+            raise BadInput(f"--patient {regex!r} does not match {file}")
+        return who
+    below = file.relative_to(folder) if folder.is_dir() else Path(file.name)
+    if known := re.search(r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d{5}", str(below)):
+        return known.group()
+    if file.is_dir():
+        return below.parts[0] if below.parts else file.name
+    return str(below.parent) if shared_name else re.sub(r"(?<=\d)_000\d$", "", stem_of(file))
 
 
 def contrast_jobs(folders):
@@ -300,7 +317,7 @@ def contrast_jobs(folders):
             raise BadInput(f"{folder}: no such folder")
         cases = sorted({f.parent for f in folder.rglob("*.nii*") if not f.name.startswith("._")})
         for case in cases:
-            files = [next(iter(case.glob(f"{case.name}-{c}.nii*")), None) for c in CONTRASTS]
+            files = [next((f for f in case.glob(f"{case.name}-{c}.nii*") if f.is_file()), None) for c in CONTRASTS]
             if None in files:
                 lack = [c for c, f in zip(CONTRASTS, files) if f is None]
                 skipped.append((case, f"lacks {case.name}-{lack[0]}.nii.gz"))
@@ -317,7 +334,7 @@ def semantic_jobs(table, folder):
     if not Path(table).is_file() or not Path(folder).is_dir():
         raise BadInput(f"--semantic {table} {folder}: DL_info.csv and the folder Images_nifti are needed")
     lesions, skipped = defaultdict(list), []
-    with open(table, newline="") as f:
+    with open(table, newline="", errors="replace") as f:
         for n, row in enumerate(csv.reader(f)):
             if n == 0:
                 continue
@@ -344,19 +361,23 @@ def semantic_jobs(table, folder):
 
 
 def stamp_of(job):
-    """Size and time of the job's files: a source with the same stamp is not read again. A change of lesions is a change."""
+    """Size and time of the job's files, and its lesions: a source with the same stamp is not read again."""
     source = Path(job["source"])
     files = job.get("files") or (sorted(source.iterdir()) if source.is_dir() else [source])
     stats = [os.stat(f) for f in files]
-    return [sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats), len(job.get("lesions", files))]
+    return [sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats),
+            hashlib.blake2b(json.dumps(job.get("lesions", len(files))).encode(), digest_size=8).hexdigest()]
 
 
 def store(job):
     """Read the scans of a job and write their arrays: (job, rows, reason it was skipped or None)."""
     try:
-        rows = []
+        rows, first = [], None
         for n, path in enumerate(job.get("files", [job["source"]])):
             values, affine, own = read_scan(path)
+            if first is not None and apart(affine, first, values.shape) > 0.5:
+                raise BadInput(f"its contrasts are not co-registered: {path.name} lies elsewhere than {job['files'][0].name}")
+            first = affine
             frames = [values] if values.ndim == 3 else np.moveaxis(values, 3, 0)
             if values.ndim == 4 and job["kind"] != "spatial":
                 raise BadInput(f"4D ({values.shape}) where one volume is needed")
@@ -371,6 +392,14 @@ def store(job):
         return job, rows, None
     except BadInput as e:
         return job, [], str(e)
+    except (OverflowError, ValueError, MemoryError) as e:
+        return job, [], f"{type(e).__name__}: {e}"
+
+
+def apart(a, b, shape):
+    """How far two affines place the corners of a volume of `shape` from each other, in voxels of `b`."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[:3]], [1])).reshape(4, -1)
+    return np.abs(np.linalg.inv(b) @ a @ corners - corners).max()
 
 
 def store_array(job, values, affine, source):
@@ -401,21 +430,24 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, say=print):
     """Run the jobs that the corpus in folder `out` does not hold yet, then write its index and skipped.csv."""
     out = Path(out)
     partly = next((f for f in ("index.part.jsonl", "index.jsonl") if (out / f).exists()), None)
-    rows = read_index(out, partly) if partly else []
+    rows = [r for r in read_index(out, partly, whole=False) if holds(out, r)] if partly else []
+    jobs = list({(j["kind"], os.path.abspath(j["source"])): j for j in jobs}.values())  # folders may overlap
     held = {(r["kind"], r["job"], *r["stamp"]) for r in rows}
     todo = [{**j, "out": str(out)} for j in jobs
             if (j["kind"], os.path.abspath(j["source"]), *stamp_of(j)) not in held]
     stale = {(j["kind"], os.path.abspath(j["source"])) for j in todo}
     rows = [r for r in rows if (r["kind"], r["job"]) not in stale]      # the file has changed: its rows come anew
     say(f"{len(jobs)} scans or cases, {len(jobs) - len(todo)} of them in {out} already")
+    if named := next((j for j in jobs if j["kind"] == "spatial"), None):
+        say(f"patients are found in the paths ({named['source']} is of {named['patient']}); --patient REGEX says otherwise")
     seen = {(r["kind"], r["hash"]): r["source"] for r in rows}
     saved = time.monotonic()
     for job, new, reason in parallel(store, todo, workers, "reading scans"):
         twin = next((seen[k] for r in new if (k := (r["kind"], r["hash"])) in seen), None)
         if twin:                                    # the same voxels twice could stand on both sides of the split
             reason = f"the same voxels as {twin}"
-            for r in new:
-                (out / r["file"]).unlink(missing_ok=True)
+            for file in {r["file"] for r in new} - {r["file"] for r in rows}:
+                (out / file).unlink(missing_ok=True)
         if reason:
             skipped.append((job["source"], reason))
             continue
@@ -467,19 +499,25 @@ def write_index(out, rows, name="index.jsonl"):
         tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def read_index(corpus, name="index.jsonl"):
-    """The rows of a corpus; BadInput if it is not one, or if an array of it is missing or cut short."""
+def holds(corpus, row):
+    """Whether the array of a row is there in full."""
+    file = Path(corpus) / row["file"]
+    return file.is_file() and file.stat().st_size >= 2 * np.prod(row["shape"])
+
+
+def read_index(corpus, name="index.jsonl", whole=True):
+    """The rows of a corpus; BadInput if it is not one, or (whole) if an array of it is missing or cut short."""
     path = Path(corpus) / name
     if not path.is_file():
         raise BadInput(f"{corpus}: no corpus there (index.jsonl); build one: python serialize.py --phantom, or --spatial DIR")
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        arrays = {r["file"]: r["shape"] for r in rows}
+        arrays = {r["file"]: r for r in rows if r["shape"]}
     except (json.JSONDecodeError, KeyError, TypeError):
         raise BadInput(f"{path}: not an index of serialize.py; delete it and build the corpus again") from None
-    for file, shape in arrays.items():
-        full = Path(corpus) / file
-        if not full.is_file() or full.stat().st_size < 2 * np.prod(shape):
+    for file, row in arrays.items() if whole else ():
+        if not holds(corpus, row):
+            full = Path(corpus) / file
             raise BadInput(f"{full}: {'cut short' if full.is_file() else 'missing'}; delete {path} and build the corpus again")
     return rows
 
@@ -507,6 +545,12 @@ def split_by_patient(rows, val, seed, images=4):
             if (kind, p) not in split and have < wanted:
                 split[kind, p] = "val"
                 have += 1
+    owners = defaultdict(set)                       # the same voxels may serve two kinds: they validate in both or in none
+    for r in rows:
+        owners[r["hash"]].add((r["kind"], r["patient"]))
+    shared = [o for o in owners.values() if len(o) > 1]
+    while moved := [p for o in shared if any(split.get(q) == "val" for q in o) for p in o if split.get(p) != "val"]:
+        split.update(dict.fromkeys(moved, "val"))
     for r in rows:
         r["split"] = split.get((r["kind"], r["patient"]), "train")
     return rows
@@ -515,9 +559,11 @@ def split_by_patient(rows, val, seed, images=4):
 # ---------------------------------------------------------------- sequences
 
 
-@lru_cache(maxsize=4096)
-def open_array(path):
-    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))  # copy on write: torch refuses read-only maps
+@lru_cache(maxsize=16384)
+def open_array(path, shape):
+    """A .npy of int16 as a tensor in the page cache. Unlike NumPy's, the map keeps no file open: corpora outnumber `ulimit -n`."""
+    whole, used = os.path.getsize(path) // 2, int(np.prod(shape))
+    return torch.from_file(path, shared=False, size=whole, dtype=torch.int16)[whole - used:].view(shape)
 
 
 def window_of(crop, low=1.0, high=99.9):
@@ -573,8 +619,10 @@ class Sequences(torch.utils.data.Dataset):
         self.seed = [seed, ("train", "val").index(split)]
         rows = [r for r in read_index(corpus) if r["split"] == split]
         self.scans = [r for r in rows if r["kind"] == "spatial"]
-        self.cases = self.group(rows, "contrast", "group")
-        self.types = self.group(rows, "semantic", "group", at_least=images)
+        cases = self.group([r for r in rows if r["kind"] == "contrast"], "group")
+        self.cases = [sorted(case, key=lambda r: CONTRASTS.index(r["contrast"])) for case in cases]
+        types = self.group([r for r in rows if r["kind"] == "semantic"], "group")
+        self.types = [t for t in (self.group(lesions, "patient") for lesions in types) if len(t) >= images]
         self.have = {"spatial": len(self.scans), "contrast": len(self.cases), "semantic": len(self.types)}
         self.kinds = [k for k in KINDS if self.have[k]]
         if mix is not None:
@@ -586,15 +634,12 @@ class Sequences(torch.utils.data.Dataset):
         self.weights = weights / weights.sum() if mix is not None else None
 
     @staticmethod
-    def group(rows, kind, key, at_least=1):
-        """Rows of `kind` by `key`, as lists; keys with fewer than `at_least` patients are left out."""
+    def group(rows, key):
+        """Rows by `key`, as lists in the order of the key."""
         groups = defaultdict(list)
         for r in rows:
-            if r["kind"] == kind:
-                groups[r[key]].append(r)
-        if kind == "contrast":
-            return [sorted(g, key=lambda r: CONTRASTS.index(r["contrast"])) for _, g in sorted(groups.items())]
-        return [g for _, g in sorted(groups.items()) if len({r["patient"] for r in g}) >= at_least]
+            groups[r[key]].append(r)
+        return [g for _, g in sorted(groups.items())]
 
     def __getitem__(self, n):
         rng = np.random.default_rng([*self.seed, n])
@@ -606,7 +651,7 @@ class Sequences(torch.utils.data.Dataset):
         return {"volume": volume, "window": window, "kind": KINDS.index(kind)}
 
     def array(self, row):
-        return open_array(str(self.root / row["file"]))
+        return open_array(str(self.root / row["file"]), tuple(row["shape"]))
 
     def spatial(self, rng):
         """Slabs of one crop: D slices each, `stride` apart, the first at a random z of the crop."""
@@ -627,12 +672,10 @@ class Sequences(torch.utils.data.Dataset):
 
     def semantic(self, rng):
         """Lesions of one type from as many patients: the box's surroundings in plane, all the slices of the volume."""
-        lesions = self.types[rng.integers(len(self.types))]
-        patients = rng.choice(sorted({r["patient"] for r in lesions}), self.images, replace=False)
+        patients = self.types[rng.integers(len(self.types))]
         crops = []
-        for patient in patients:
-            mine = [r for r in lesions if r["patient"] == patient]
-            row = mine[rng.integers(len(mine))]
+        for p in rng.choice(len(patients), self.images, replace=False):
+            row = patients[p][rng.integers(len(patients[p]))]
             start = [int(np.clip(round(c) - self.size // 2, 0, max(0, n - self.size)))
                      for c, n in zip(row["centre"], row["shape"])]
             crops.append(cut(self.array(row), [*start, 0], [self.size, self.size, row["shape"][2]]))
@@ -660,7 +703,7 @@ def parse_mix(text, have):
         mix = {k: float(v) for k, v in (part.split("=") for part in text.split(","))}
     except ValueError:
         mix = {}
-    if not mix or set(mix) - set(KINDS) or min(mix.values()) < 0:
+    if not mix or set(mix) - set(KINDS) or not all(0 <= w < float("inf") for w in mix.values()):
         raise BadInput(f"--mix {text!r}: published, equal, or weights such as spatial=2,contrast=1,semantic=1")
     return mix
 
@@ -756,12 +799,12 @@ def bench(args):
     keep_freed_memory()
     torch.set_num_threads(1)
     stride = args.stride or args.volume // 16
+    have = Sequences(args.out, "train", args.volume, args.images, stride, None, args.seed).have
     for kind in KINDS:
-        try:
-            data = Sequences(args.out, "train", args.volume, args.images, stride, {kind: 1.0}, args.seed)
-        except BadInput:
+        if not have[kind]:
             print(f"{kind:>9}: none in {args.out}")
             continue
+        data = Sequences(args.out, "train", args.volume, args.images, stride, {kind: 1.0}, args.seed)
         rows = {r["file"]: r for r in read_index(args.out) if r["kind"] == kind and r["split"] == "train"}
         for f in rows:                              # into the page cache
             (Path(args.out) / f).read_bytes()
@@ -812,6 +855,9 @@ def main():
     args = p.parse_args()
     if not 0 <= args.val <= 0.5:
         raise BadInput(f"--val {args.val}: a share between 0 and 0.5")
+    for name in ("volume", "patch", "images"):
+        if getattr(args, name) < 1 or args.volume % getattr(args, name):
+            raise BadInput(f"--{name} {getattr(args, name)}: 1 or more, and a divisor of --volume {args.volume}")
     scans = args.spatial or args.contrast or args.semantic
     if not (scans or args.phantom or args.inspect or args.bench):
         raise BadInput("nothing to do: name scans (--spatial, --contrast, --semantic), or --phantom, --inspect or --bench")

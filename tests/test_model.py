@@ -204,6 +204,18 @@ def test_nothing_leaks_from_the_future(order, dtype):
                     assert not torch.equal(before[b, t + 1:], after[b, t + 1:])
 
 
+@pytest.mark.parametrize("order", ["raster", "image"])
+def test_a_step_compiles_as_one_graph(order):
+    torch.manual_seed(0)
+    model, volume, prefix = Model(Config(**TINY, images=2, order=order)), torch.rand(2, 8, 8, 16), torch.tensor([0, 5])
+    want, _ = model(volume, prefix)
+    want.backward()
+    gradient, model.embed.weight.grad = model.embed.weight.grad, None
+    got, _ = torch.compile(model, backend="aot_eager", fullgraph=True)(volume, prefix)
+    got.backward()
+    assert torch.allclose(want, got) and torch.allclose(gradient, model.embed.weight.grad, atol=1e-6)
+
+
 def test_prefix_zero_is_causal_and_the_loss_counts_targets_alone():
     torch.manual_seed(2)
     model, volume = Model(Config(**TINY)), torch.rand(2, 8, 8, 8)

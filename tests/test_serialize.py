@@ -119,6 +119,9 @@ def test_to_int16_is_exact_for_integers_and_fine_for_floats():
         stored, slope, inter = to_int16(values)
         assert stored.dtype == np.int16 and np.array_equal(stored * slope + inter, values)
         assert np.array_equal(to_int16(values.astype(np.float32))[0], stored)
+    values = np.linspace(40_000, 65_535, 1000).astype(np.uint16).reshape(10, 10, 10)
+    stored, slope, inter = to_int16(values)
+    assert np.array_equal(stored * slope + inter, values)
     values = np.random.default_rng(0).normal(0, 1, (40, 40, 40)).astype(np.float32)
     stored, slope, inter = to_int16(values)
     assert abs(stored * slope + inter - values).max() <= slope and slope < 2e-4
@@ -223,6 +226,46 @@ def test_one_patient_a_folder_and_patient_flag(tmp_path):
     assert [j["patient"] for j in jobs] == ["s/a", "s/b"]
     with pytest.raises(BadInput, match="does not match"):
         collect([tmp_path / "s"], patient="nobody")
+
+
+@pytest.mark.parametrize("path, patient", [
+    ("sub-03/ses-1/sub-03_ses-1_dwi.nii", "sub-03"), ("BraTS-GLI-00012-001/x.nii", "BraTS-GLI-00012"), ("amos_0007.nii", "amos_0007"),
+    ("FLARE22_Tr_0001_0000.nii.gz", "FLARE22_Tr_0001"), ("s0004.nii", "s0004")])
+def test_whose_scan_a_path_is(tmp_path, path, patient):
+    from serialize import patient_of
+    assert patient_of(tmp_path / path, tmp_path, False) == patient
+
+
+def test_folders_that_overlap_and_folders_named_like_labels(tmp_path):
+    home = tmp_path / "labels_seg-2024"  # what stands above the folder that was named does not matter
+    for n in range(3):
+        save(home / f"images/{n}.nii", ramp(9, 9, 9 + n))
+        save(home / f"Mask/{n}.nii", ramp(9, 9, 9 + n) % 2)
+    rows, skipped = rows_and_skipped(tmp_path / "c", home, home / "images", home)
+    assert len(rows) == 3 and rows == read_index(tmp_path / "c") and len(skipped) == 3
+
+
+def test_a_scan_of_two_kinds_validates_in_both_or_in_none():
+    rows = [dict(kind=k, group=f"{k}{i}", patient=f"{k}{i}", hash=str(i)) for k in ("spatial", "contrast") for i in range(30)]
+    rows = split_by_patient(rows, 0.2, 0)
+    assert [r["split"] for r in rows[:30]] == [r["split"] for r in rows[30:]] and 6 <= sum(r["split"] == "val" for r in rows[:30]) <= 12
+
+
+def test_more_scans_than_files_may_be_open(tmp_path):
+    import resource
+    for n in range(80):
+        save(tmp_path / f"s/{n:03d}.nii", ramp(9, 9, 9 + n))
+    rows_and_skipped(tmp_path / "c", tmp_path / "s")
+    data, limits = Sequences(tmp_path / "c", size=8, stride=2, mix={"spatial": 1}), resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 30
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+    try:
+        for row in data.scans:
+            data.array(row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for row in data.scans[:5]:
+        assert torch.equal(data.array(row), torch.from_numpy(np.load(tmp_path / "c" / row["file"])))
 
 
 def test_an_array_that_was_cut_short_is_named(tmp_path):
@@ -375,7 +418,11 @@ def test_contrast_cases_that_do_not_fit(tmp_path):
     rows = build(*collect([], [tmp_path / "s"]), tmp_path / "c", **QUIET)
     skipped = (tmp_path / "c/skipped.csv").read_text()
     assert {r["group"] for r in rows} == {"A-00000-000"} and {r["patient"] for r in rows} == {"A-00000"}
-    assert "differ in shape" in skipped and "lacks A-00002-000-t2f" in skipped
+    assert "A-00001-000,\"its contrasts" in skipped and "lacks A-00002-000-t2f" in skipped
+    for c in CONTRASTS:  # the same shape in another place
+        save(tmp_path / f"t/B-00000-000/B-00000-000-{c}.nii", ramp(9, 9, 9) + len(c), np.diag([1 + (c == "t2w"), 1, 1, 1.0]))
+    with pytest.raises(BadInput, match="not co-registered: B-00000-000-t2w"):
+        build(*collect([], [tmp_path / "t"]), tmp_path / "d", **QUIET)
 
 
 def test_index_is_plain_json_lines(corpus):
