@@ -71,7 +71,7 @@ SCRATCH = dict(lr=1e-4, wd=1e-5)
 PRESETS = {  # what departs from the published recipe
     "published": {},
     "quick": dict(steps=6000, batch=2, overlap=0.5, vals=6),
-    "nano": dict(roi=(64, 64, 64), spacing=(4.5, 4.5, 4.5), steps=440, batch=1, crops=1, lr=2e-3, decay=1.0, warmup=0.05, overlap=0.5,
+    "nano": dict(roi=(64, 64, 64), spacing=(4.5, 4.5, 4.5), steps=700, batch=1, crops=1, lr=2e-3, decay=1.0, warmup=0.05, overlap=0.5,
                  flip=0.0, rotate=0.0, intensity=0.3, clip=1.0, vals=4, augment="standard"),
 }
 FREE = {"resume", "data", "cache", "out", "device", "workers", "micro", "compile", "log_every", "save_every", "stop_after"}
@@ -108,7 +108,7 @@ def parser():
     g.add_argument("--intensity", type=float, help="probability of a scale, and of a shift, by up to 10 %% (published: 0.1; nano 0.3)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=float, help="passes over the training volumes (published: 1000; pancreas, hepaticvessel 500)")
-    g.add_argument("--steps", type=int, help="optimiser steps instead (quick 6000; nano 440)")
+    g.add_argument("--steps", type=int, help="optimiser steps instead (quick 6000; nano 700)")
     g.add_argument("--batch", type=int, help="volumes a step, over all ranks (published: 4; quick 2; nano 1)")
     g.add_argument("--crops", type=int, help="crops of each volume (published: 4; nano 1)")
     g.add_argument("--micro", type=int, help="volumes a forward pass on one device (default: this rank's share of the batch)")
