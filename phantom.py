@@ -33,7 +33,7 @@ VERSION = 2  # of the made-up patients: folders of another version are not mixed
 
 # Patients of each part: (training, validation), or (training, validation, test), or in all.
 COUNTS = {"small": dict(amos=(12, 4), brats=8, deeplesion=48, nodule=(480, 120, 240), ricord=(12, 4, 8)),
-          "full": dict(amos=(4, 2), brats=4, deeplesion=40, nodule=(1158, 165, 310), ricord=(194, 52, 84))}
+          "full": dict(amos=(4, 2), brats=4, deeplesion=24, nodule=(1158, 165, 310), ricord=(194, 52, 84))}
 # Voxels of a volume, and the most that a patient's may differ from it.
 SHAPES = {"small": dict(amos=((80, 80, 72), (6, 6, 5)), brats=((72, 72, 50), (3, 3, 4)), deeplesion=((80, 80, 22), (5, 5, 4)),
                         ricord=((80, 72, 68), (5, 4, 2))),
