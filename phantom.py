@@ -1,7 +1,7 @@
 """Made-up patients in the real layouts, so that everything here runs with no download: CT in HU with AMOS's 15 organs,
 four-contrast brain MR with a tumour, eight kinds of lesion, nodules of two classes, lungs with and without opacities.
 
-    python phantom.py --out data/phantom                          # small, all parts: 20-30 s on 2 cores, 33 MB
+    python phantom.py --out data/phantom                          # small, all parts: under a minute on 2 cores, 42 MB
     python phantom.py --out data/phantom --picture phantom.png    # the same, and a contact sheet of what was made
     python phantom.py --out data/full --size full --parts amos    # 512 x 512 x 200-300: 25-40 s a scan, 1.6 GB a process
 
@@ -883,7 +883,7 @@ WRITERS = dict(zip(PARTS, (write_amos, write_brats, write_deeplesion, write_nodu
 def write_phantom(out, size="small", seed=0, parts=PARTS, workers=None):
     """Write the made-up patients of `parts` under folder `out`; returns a dict part -> its folder.
 
-    size: small (33 MB, half a minute) or full (the real data's sizes). workers: processes, None for one a core; the voxels do
+    size: small (42 MB, a minute) or full (the real data's sizes). workers: processes, None for one a core; the voxels do
     not depend on it. Files that are there are kept. BadInput: unknown size or part, or `out` holds another phantom.
     """
     if size not in COUNTS:
