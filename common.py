@@ -1,9 +1,11 @@
 """What every script needs and no script should write twice: errors, files, processes, devices, checkpoints, schedules, logs.
 
-Sections: errors · files · processes · devices · random states · checkpoints · schedules · subsets · logs · measuring
+Sections: errors · files · processes · devices · random states · checkpoints · schedules · subsets · logs ·
+classification scores · pictures · measuring
 """
 import argparse
 import contextlib
+import csv
 import hashlib
 import json
 import math
@@ -74,6 +76,11 @@ def read_json(path, what):
         raise BadInput(f"{path}: no such file; it should be {what}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise BadInput(f"{path}: not JSON ({e}); it should be {what}") from None
+
+
+def write_table(path, header, rows):
+    with write_beside(path) as tmp, open(tmp, "w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([header, *rows])
 
 
 # ---------------------------------------------------------------- processes
@@ -390,6 +397,208 @@ def read_log(path):
         except json.JSONDecodeError:
             break
     return rows
+
+
+# ---------------------------------------------------------------- classification scores
+# None stands for undefined: there is nothing to divide by.
+
+
+def auc(y, score):
+    """Area under the ROC curve = P(score of a positive > that of a negative), ties count half. y: bool [N]."""
+    from scipy.stats import rankdata
+    y = np.asarray(y, bool)
+    pos, neg = int(y.sum()), int((~y).sum())
+    if not pos or not neg or not np.isfinite(score).all():
+        return None
+    return float((rankdata(score)[y].sum() - pos * (pos + 1) / 2) / (pos * neg))
+
+
+def roc(y, score):
+    """False and true positive rates at each distinct threshold from the highest down, after (0, 0): fpr, tpr, thresholds."""
+    order = np.argsort(-np.asarray(score), kind="stable")
+    y, score = np.asarray(y, bool)[order], np.asarray(score)[order]
+    last = np.flatnonzero(np.append(np.diff(score) != 0, True))                        # the last of each run of ties
+    tp = np.cumsum(y)[last]
+    fp = last + 1 - tp
+    return np.append(0, fp / max(1, fp[-1])), np.append(0, tp / max(1, tp[-1])), np.append(np.inf, score[last])
+
+
+def youden(y, score):
+    """The threshold (score >= it is positive) with the largest sensitivity + specificity; None if a class is missing."""
+    if auc(y, score) is None:
+        return None
+    fpr, tpr, thresholds = roc(y, score)
+    return float(thresholds[1:][np.argmax((tpr - fpr)[1:])])
+
+
+def ratio(a, b):
+    return float(a / b) if b else None
+
+
+def mean_of(values):
+    """Mean, undefined if any of them is."""
+    values = list(values)
+    return None if None in values else float(np.mean(values))
+
+
+def at_point(y, hit):
+    """Metrics of the decisions `hit` for the truth `y`, both bool [N]."""
+    tp, tn, fp, fn = (int(np.sum(a & b)) for a, b in ((y, hit), (~y, ~hit), (~y, hit), (y, ~hit)))
+    sensitivity, specificity = ratio(tp, tp + fn), ratio(tn, tn + fp)
+    return dict(accuracy=ratio(tp + tn, len(y)), f1=ratio(2 * tp, 2 * tp + fp + fn), sensitivity=sensitivity,
+                specificity=specificity, balanced_accuracy=mean_of([sensitivity, specificity]))
+
+
+def decide(probs):
+    """Class of each row of probs [N, K]: of two, the second from 0.5 on; of more, the likeliest."""
+    return (probs[:, 1] >= 0.5).astype(int) if probs.shape[1] == 2 else probs.argmax(1)
+
+
+def measure(labels, probs, thresholds):
+    """All metrics of probs [N, K]: of class 1, or with K > 2 the mean of each class against the rest (macro).
+
+    thresholds: Youden's, one a class that is measured. Names with youden_ are taken there.
+    """
+    K = probs.shape[1]
+    measured = [1] if K == 2 else range(K)
+    top = decide(probs)
+    out = dict(auc=mean_of(auc(labels == c, probs[:, c]) for c in measured))
+    for prefix, hits in (("", [top == c for c in measured]), ("youden_", [probs[:, c] >= t for c, t in zip(measured, thresholds)])):
+        rows = [at_point(labels == c, hit) for c, hit in zip(measured, hits)]
+        out.update({prefix + k: mean_of(r[k] for r in rows) for k in rows[0]})
+    if K > 2:  # the usual meaning of these two with several classes
+        out.update(accuracy=float(np.mean(top == labels)), balanced_accuracy=out["sensitivity"])
+    return out
+
+
+def thresholds_of(labels, probs):
+    """Youden's thresholds, of validation cases; 0.5 where undefined."""
+    found = [youden(labels == c, probs[:, c]) for c in ([1] if probs.shape[1] == 2 else range(probs.shape[1]))]
+    return [0.5 if t is None else t for t in found]
+
+
+def with_intervals(labels, probs, patients, thresholds, times, seed):
+    """{metric: {value, low, high}}: 95 % percentile intervals over resampled patients (with all of their cases)."""
+    _, who = np.unique(patients, return_inverse=True)
+    members = [np.flatnonzero(who == p) for p in range(who.max() + 1)]
+    rng, drawn = np.random.default_rng([seed, 4]), []
+    for _ in range(times):
+        pick = np.concatenate([members[p] for p in rng.integers(len(members), size=len(members))])
+        drawn.append(measure(labels[pick], probs[pick], thresholds))
+    out = {}
+    for name, value in measure(labels, probs, thresholds).items():
+        defined = [d[name] for d in drawn if d[name] is not None]
+        few = value is None or len(defined) < times / 2
+        low, high = (None, None) if few else map(float, np.percentile(defined, [2.5, 97.5]))
+        out[name] = dict(value=value, low=low, high=high)
+    return out
+
+
+def text_of(m):
+    if m["value"] is None:
+        return "undefined"
+    return f"{m['value']:.3f}" + (f" [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else "")
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def figure_of(size, rows=1, columns=1):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(rows, columns, figsize=size, squeeze=False)
+
+
+def save_figure(fig, path):
+    import matplotlib.pyplot as plt
+    with write_beside(path) as tmp:
+        fig.savefig(tmp, dpi=100, bbox_inches="tight")
+    plt.close(fig)
+
+
+def draw_roc(path, scored, thresholds, found, classes):
+    """ROC of the test set (each class against the rest if more than two), the two operating points, and the validation's."""
+    fig, axes = figure_of((5.2, 5))
+    ax, K = axes[0, 0], len(classes)
+    for i, c in enumerate([1] if K == 2 else range(K)):
+        for split, style in (("val", dict(color="0.75")), ("test", dict(color=f"C{i}"))):
+            labels, probs = scored[split]
+            area = auc(labels == c, probs[:, c])
+            if area is None or split == "val" and K > 2:
+                continue
+            fpr, tpr, _ = roc(labels == c, probs[:, c])
+            name = ("validation" if split == "val" else "test") if K == 2 else classes[c]
+            value = text_of(found["auc"]) if K == 2 and split == "test" else f"{area:.3f}"
+            ax.plot(fpr, tpr, lw=2 if split == "test" else 1, label=f"{name}, AUC {value}", **style)
+    for prefix, marker, name in (("", "o", "at 0.5"), ("youden_", "^", f"at {thresholds[0]:.2f}, Youden's of validation")):
+        sens, spec = found[prefix + "sensitivity"]["value"], found[prefix + "specificity"]["value"]
+        if K == 2 and None not in (sens, spec):
+            ax.plot(1 - spec, sens, marker, color="tab:red", ms=8, mfc="none" if prefix else "tab:red", label=name, ls="none")
+    ax.plot([0, 1], [0, 1], "k--", lw=1, label="chance")
+    ax.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    ax.legend(fontsize=8, loc="lower right")
+    ax.grid(alpha=0.3)
+    save_figure(fig, path)
+
+
+def draw_confusion(path, labels, probs, thresholds, classes):
+    K = len(classes)
+    decisions = [("at 0.5" if K == 2 else "likeliest class", decide(probs))]
+    if K == 2:
+        decisions.append((f"at {thresholds[0]:.2f}, Youden's of validation", (probs[:, 1] >= thresholds[0]).astype(int)))
+    fig, axes = figure_of(((2.2 + 0.7 * K) * len(decisions), 1.6 + 0.7 * K), 1, len(decisions))
+    for ax, (name, chosen) in zip(axes[0], decisions):
+        counts = np.zeros((K, K), int)
+        np.add.at(counts, (labels, chosen), 1)
+        share = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(K, K):
+            ax.text(j, i, f"{counts[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", color="w" if share[i, j] > 0.6 else "k", fontsize=9)
+        ax.set(xticks=range(K), yticks=range(K), xticklabels=classes, yticklabels=classes, xlabel="predicted", ylabel="true", title=name)
+        ax.title.set_fontsize(10)
+    fig.tight_layout()
+    save_figure(fig, path)
+
+
+def draw_overlay(path, image, truth, found, classes, spacing, title):
+    """Scan, truth and prediction, each [X, Y, Z], on the middle slices of what is labelled, along each axis; spacing in mm.
+
+    Without a truth (None) the prediction says where the middle is.
+    """
+    shown = [m for m in (("truth", truth), ("prediction", found)) if m[1] is not None]
+    low, high = np.percentile(image, [1, 99.5])
+    fig, axes = figure_of((3.7 * (1 + len(shown)), 10), 3, 1 + len(shown))
+    for row, axis in enumerate((2, 1, 0)):
+        hit = np.flatnonzero(shown[0][1].any(tuple({0, 1, 2} - {axis})))
+        at = int(hit.mean()) if len(hit) else image.shape[axis] // 2
+        a, b = (s for i, s in enumerate(spacing) if i != axis)
+        for ax, (name, labels) in zip(axes[row], [("scan", None), *shown]):
+            draw_slice(ax, image.take(at, axis), None if labels is None else labels.take(at, axis), b / a, low, high)
+            ax.set_title("" if row else name)
+        axes[row, 0].set_ylabel(f"{'xyz'[axis]} = {at}")
+    fig.suptitle(title)
+    label_legend(fig, classes)
+    save_figure(fig, path)
+
+
+def draw_slice(ax, image, labels, aspect, low, high):
+    """A slice [a, b] in grey from `low` to `high`, and its labels, if any, in colours above it."""
+    import matplotlib.pyplot as plt
+    ax.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=high, aspect=aspect)
+    if labels is not None:
+        colours = plt.get_cmap("tab20")(np.arange(256) % 20) * [1, 1, 1, 0.75]
+        seen = labels.T.astype(int)
+        ax.imshow(np.where(seen[..., None] > 0, colours[np.maximum(seen - 1, 0)], 0), origin="lower", aspect=aspect, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+
+
+def label_legend(fig, classes):
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+    fig.legend(handles=[Patch(color=plt.get_cmap("tab20")(k % 20), label=c) for k, c in enumerate(classes)], loc="center left",
+               bbox_to_anchor=(1, 0.5), fontsize=9)
+    fig.tight_layout()
 
 
 # ---------------------------------------------------------------- measuring

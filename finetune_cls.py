@@ -10,46 +10,30 @@ Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (best valida
 case), roc.png, confusion.png, cases.png, curves.png; with several seeds, a folder seed-N each and the mean in metrics.json.
 The test set is scored once, at the end, with best.pt. Every random choice is a function of (seed, number of the sample).
 
-Sections: tasks · arguments · cases · arrays, read once · batches · metrics · shortcut baseline · pictures · training step ·
-evaluation · a run · main
+Sections: arguments · arrays, read once · batches · shortcut baseline · pictures · training step · evaluation · a run · main
 
 B batch, X Y Z voxels, K classes, N cases.
 """
 import argparse
-import csv
-import hashlib
-import re
 import time
-import zipfile
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
-from scipy.stats import rankdata
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (BadInput, Log, StopRequest, cli, cores, cosine_lr, keep_earlier_run, label_subset, leave, load_checkpoint,
-                    parallel, place, poly_lr, read_json, read_log, resumed_args, save_checkpoint, write_beside, write_json)
+from common import (BadInput, Log, StopRequest, auc, cli, cores, cosine_lr, decide, draw_confusion, draw_roc, figure_of, keep_earlier_run, label_subset, leave,
+                    load_checkpoint, measure, parallel, place, poly_lr, read_json, read_log, resumed_args, save_checkpoint,
+                    save_figure, text_of, thresholds_of, with_intervals, write_json, write_table)
 from model import CLS_FORMAT, SIZES, Classifier, Config, Model, fit, grid_of, layer_decay_groups, load_pretrained
-from serialize import read_scan, stem_of
+from serialize import CLS_TASKS, FLAVOURS, SPLITS, cls_data, cls_task, list_cases, load_volume, prepare_whole
 
-# ---------------------------------------------------------------- tasks
-# A task: how its cases are listed (npz: MedMNIST's file; lists: FILE LABEL a line; csv), its classes, the size of the input
-# (and with --size nano), the intensities that become 0 and 1 (None: a scan's own 1st and 99.9th percentiles), and whose recipe it follows.
-
-TASKS = {
-    "nodule": dict(listed="npz", classes=["benign", "malignant"], volume=[128, 128, 128], nano=[32, 32, 32], window=[0, 255], recipe="nodule"),
-    "ricord": dict(listed="lists", classes=["no COVID", "COVID"], volume=[128, 128, 64], nano=[64, 64, 32], window=[0, 1400], recipe="ricord"),
-    "mine": dict(listed="csv", classes=None, volume=[128, 128, 128], nano=[64, 64, 64], window=None, recipe="ricord"),
-}
-# the phantom's scans are in HU: the published window, which is as wide, would make all of the lung 0
-FLAVOURS = {"nodule": TASKS["nodule"], "ricord": {**TASKS["ricord"], "window": [-1000, 400]}}
+# ---------------------------------------------------------------- arguments
 
 RECIPES = {  # what a flag that was not given stands for; nodule and ricord are published
     "nodule": dict(batch=16, epochs=100, lr=1.5e-5, wd=0.01, beta2=0.999, decay=1.0, clip=0.0, schedule="cosine", warmup=0,
@@ -60,17 +44,13 @@ RECIPES = {  # what a flag that was not given stands for; nodule and ricord are 
                  patience=0, flip=0.5, class_weights=True),
 }
 SCRATCH = {"ricord": dict(lr=1e-5, wd=1e-4)}  # published: what differs without pre-training
-SPLITS = ("train", "val", "test")
-
-# ---------------------------------------------------------------- arguments
-
 FREE = {"resume", "data", "out", "cache", "seeds", "device", "workers", "micro", "log_every", "save_every", "stop_after"}
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("run")
-    g.add_argument("--task", choices=[*TASKS, "phantom-cls"], default="phantom-cls", help="default %(default)s: made-up patients")
+    g.add_argument("--task", choices=[*CLS_TASKS, "phantom-cls"], default="phantom-cls", help="default %(default)s: made-up patients")
     g.add_argument("--flavour", choices=list(FLAVOURS), default="nodule", help="of phantom-cls (default %(default)s)")
     g.add_argument("--data", help="nodule: nodulemnist3d.npz or its folder (28³ before 64³); ricord: the folder that the lists' "
                    "paths start from; mine: a CSV with the columns file,label,split[,patient] (default data/TASK)")
@@ -118,13 +98,9 @@ def parser():
     return p
 
 
-def task_of(args):
-    return FLAVOURS[args.flavour] if args.task == "phantom-cls" else TASKS[args.task]
-
-
 def settle(args, config, where):
     """Fill in what was not given, in place. config: of the encoder."""
-    task, cuda = task_of(args), where.device.type == "cuda"
+    task, cuda = cls_task(args.task, args.flavour), where.device.type == "cuda"
     nano = asdict(config) == asdict(Config(**SIZES["nano"], images=config.images, order=config.order))
     recipe = dict(RECIPES["nano" if nano else task["recipe"]])
     if not args.init:
@@ -152,184 +128,12 @@ def settle(args, config, where):
         raise BadInput(f"--micro {args.micro} does not divide the {share} cases of a step on each of {where.world} ranks")
 
 
-# ---------------------------------------------------------------- cases
-# A case is a dict: file (its name in reports), split, label, patient, and source: a path, or an array [x, y, z].
-
-
-def cases_of_npz(path, classes):
-    """MedMNIST's file: {train,val,test}_{images,labels}. It names no patients, so each image counts as one."""
-    if path.is_dir():
-        found = [path / f"nodulemnist3d{s}.npz" for s in ("", "_64") if (path / f"nodulemnist3d{s}.npz").is_file()]
-        if not found:
-            raise BadInput(f"{path}: no nodulemnist3d.npz or nodulemnist3d_64.npz in it; get one from medmnist.com")
-        path = found[0]
-    cases = []
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            lacking = [f"{s}_{k}" for s in SPLITS for k in ("images", "labels") if f"{s}_{k}" not in z.files]
-            if lacking:
-                raise BadInput(f"{path}: lacks {', '.join(lacking)}; MedMNIST's 3D files hold them")
-            arrays = {s: (z[f"{s}_images"], z[f"{s}_labels"]) for s in SPLITS}
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; --data names the npz or its folder") from None
-    except (zipfile.BadZipFile, OSError, EOFError) as e:
-        raise BadInput(f"{path}: cannot be read as an npz ({e}); download it again") from None
-    except ValueError as e:
-        if isinstance(e, BadInput):
-            raise
-        raise BadInput(f"{path}: holds Python objects, which only unpickling could read: refused") from None
-    for split, (images, labels) in arrays.items():
-        if images.ndim != 4 or images.dtype.kind not in "uif" or len(images) != len(labels) or labels.size != len(labels):
-            raise BadInput(f"{path}: {split}_images {images.shape} {images.dtype}, {split}_labels {labels.shape}; "
-                           "[N, x, y, z] numbers and [N, 1] are needed")
-        cases += [dict(file=f"{split}/{i:05d}", split=split, label=check_label(y, classes, f"{path}: {split}_labels[{i}]"),
-                       patient=f"{split}/{i:05d}", source=v) for i, (v, y) in enumerate(zip(images, labels.reshape(-1).tolist()))]
-    return cases
-
-
-def cases_of_lists(folder, lists, classes, pattern):
-    """The authors' lists: lines `FILE LABEL`, files relative to `folder`."""
-    cases = []
-    for split, name in zip(SPLITS, lists or [folder / f"{s}.txt" for s in SPLITS]):
-        try:
-            lines = Path(name).read_text().splitlines()
-        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
-            raise BadInput(f"{name}: no such list of lines FILE LABEL; see --lists") from None
-        for n, line in enumerate(lines):
-            if line.strip():
-                file, _, label = line.strip().rpartition(" ")
-                cases.append(case_of(folder, file.strip(), label, split, classes, pattern, f"{name}:{n + 1}"))
-    return cases
-
-
-def cases_of_csv(path, classes, pattern):
-    """A CSV with the columns file,label,split and, if you like, patient; files relative to its folder."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f))
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
-        raise BadInput(f"{path}: no such CSV; --data names one with the columns file,label,split") from None
-    lacking = [c for c in ("file", "label", "split") if not rows or c not in rows[0]]
-    if lacking:
-        raise BadInput(f"{path}: lacks the column {lacking[0]}, or has no rows; file,label,split are needed")
-    cases = []
-    for n, row in enumerate(rows):
-        at = f"{path}:{n + 2}"
-        if row["split"] not in SPLITS:
-            raise BadInput(f"{at}: split {row['split']!r}; it is one of {', '.join(SPLITS)}")
-        case = case_of(path.parent, row["file"] or "", row["label"], row["split"], classes, pattern, at)
-        cases.append({**case, "patient": row.get("patient") or case["patient"]})
-    return cases
-
-
-def case_of(folder, file, label, split, classes, pattern, at):
-    if not file or not (folder / file).exists():
-        raise BadInput(f"{at}: no such file {folder / file}")
-    match = re.search(pattern or r"RICORD(?:-1[ABC]-\d+)?-\d+", file)
-    if pattern and not match:
-        raise BadInput(f"{at}: --patient {pattern!r} does not match {file}")
-    who = (match.group(1) if match.re.groups else match.group()) if match else stem_of(file)
-    return dict(file=file, split=split, label=check_label(label, classes, at), patient=who, source=folder / file)
-
-
-def check_label(value, classes, at):
-    """A label as an int; BadInput if it is not one, or not one of `classes` (None: any from 0 on)."""
-    if str(value).strip().isdecimal() and (classes is None or int(value) < len(classes)):
-        return int(value)
-    allowed = f"0 to {len(classes) - 1}" if classes else "an integer from 0 on"
-    raise BadInput(f"{at}: label {value!r}; it is {allowed}")
-
-
-def list_cases(args, where):
-    """All cases of the task and the names of its classes."""
-    task, pattern = task_of(args), args.patient
-    data = Path(args.data)
-    if task["listed"] == "npz":
-        cases = cases_of_npz(data, task["classes"])
-    elif task["listed"] == "lists":
-        cases = cases_of_lists(data, args.lists, task["classes"], pattern)
-    else:
-        cases = cases_of_csv(data, task["classes"], pattern)
-    classes = task["classes"] or [str(c) for c in range(max(2, 1 + max(c["label"] for c in cases)))]
-    splits = {}
-    for c in cases:
-        splits.setdefault(c["patient"], set()).add(c["split"])
-    both = [p for p, s in splits.items() if len(s) > 1]
-    if both:
-        raise BadInput(f"{args.data}: {len(both)} patients are in more than one split, {both[0]} in {' and '.join(sorted(splits[both[0]]))}; "
-                       "give each patient one split (--patient REGEX says what names a patient)")
-    for s in SPLITS:
-        have = {c["label"] for c in cases if c["split"] == s}
-        if not have or s == "train" and len(have) < len(classes):
-            raise BadInput(f"{args.data}: the {s} split has no case" + (f" of class {min(set(range(len(classes))) - have)}" if have else ""))
-    if task["listed"] == "npz":
-        where.say("the file names no patients: cases are taken to be of different patients")
-        prints = {}
-        for c in cases:
-            prints.setdefault(hashlib.blake2b(c["source"], digest_size=16).digest(), set()).add(c["split"])
-        twice = sum(len(s) > 1 for s in prints.values())
-        if twice:
-            where.say(f"warning: {twice} images stand in more than one split, voxel for voxel")
-    else:
-        where.say("patients: " + ", ".join(f"{len({c['patient'] for c in cases if c['split'] == s})} {s}" for s in SPLITS)
-                  + "; none is in two splits")
-    return cases, classes
-
-
-def find_data(args, where):
-    if args.data is None and args.task == "phantom-cls":
-        args.data = f"data/phantom/{args.flavour}"
-        if where.main:
-            from phantom import write_phantom
-            done = Path(args.data, "nodulemnist3d.npz" if args.flavour == "nodule" else "test.txt").exists()
-            where.say(f"made-up patients, {args.flavour}: {'from' if done else 'making them in'} {args.data}")
-            done or write_phantom("data/phantom", parts=(args.flavour,))
-        where.barrier()
-    elif args.data is None:
-        args.data = "data/mine.csv" if args.task == "mine" else f"data/{args.task}"
-
-
 # ---------------------------------------------------------------- arrays, read once
-
-
-def resize(values, shape):
-    """[x, y, z] -> `shape`: area means along axes that shrink, then trilinear."""
-    v = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None, None]
-    v = F.adaptive_avg_pool3d(v, [min(a, b) for a, b in zip(v.shape[2:], shape)])
-    return F.interpolate(v, shape, mode="trilinear")[0, 0].numpy()
-
-
-def statistics(values, affine, own):
-    """What can be known of a scan without looking: the numbers of the header, and of its histogram."""
-    axes = nib.orientations.io_orientation(own).ravel()
-    header = [*values.shape, *nib.affines.voxel_sizes(affine), *affine[:3, 3], *axes, values.dtype.itemsize]
-    return np.array([*header, values.mean(), values.std(), *np.percentile(values, [0, 1, 5, 25, 50, 75, 95, 99, 100])], np.float64)
-
-
-def prepare(case, shape, window, cache):
-    """A case's array at the size of the input, in [0, 1], and its statistics, in the cache: (file, statistics, None), or why not."""
-    source, own = case["source"], isinstance(case["source"], np.ndarray)
-    stat = None if own else source.stat()
-    stamp = hashlib.blake2b(source, digest_size=16).hexdigest() if own else [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
-    path = Path(cache) / f"{hashlib.blake2b(f'1 {stamp} {shape} {window}'.encode(), digest_size=16).hexdigest()}.npz"
-    try:
-        if not path.exists():
-            values, affine, header = (source, np.eye(4), np.eye(4)) if own else read_scan(source)
-            if values.ndim != 3 or not np.isfinite(values).all():
-                raise BadInput(f"{values.ndim}D, or with voxels that are NaN; one finite 3D volume is needed")
-            low, high = window or np.percentile(values, [1, 99.9])
-            unit = np.clip((values.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
-            with write_beside(path) as tmp:
-                np.savez(tmp, volume=resize(unit, shape).astype(np.float16), statistics=statistics(values, affine, header))
-        with np.load(path, allow_pickle=False) as z:
-            return str(path), z["statistics"], None
-    except BadInput as e:
-        return None, None, str(e)
 
 
 def prepare_all(cases, args, where):
     """Give every case its array in the cache and its statistics, each rank a share of the reading: (cases, those skipped)."""
-    job = partial(prepare, shape=tuple(args.volume), window=args.window, cache=args.cache)
+    job = partial(prepare_whole, shape=tuple(args.volume), window=args.window, cache=args.cache)
     mine = list(parallel(job, cases[where.rank::where.world], max(1, cores() // where.world), "reading" if where.main else None))
     found, kept, skipped = where.gather(mine), [], []
     for n, case in enumerate(cases):
@@ -347,11 +151,6 @@ def prepare_all(cases, args, where):
         where.say(f"warning: more than half of the voxels lie below --window {args.window[0]:g} and become 0: in HU, lung and air do; "
                   "--window -1000 400 keeps the lung")
     return kept, skipped
-
-
-def load_volume(case):
-    with np.load(case["array"], allow_pickle=False) as z:
-        return torch.from_numpy(z["volume"])                                           # [X, Y, Z] float16
 
 
 # ---------------------------------------------------------------- batches
@@ -400,106 +199,6 @@ def augment(volume, flips):
     return volume
 
 
-# ---------------------------------------------------------------- metrics
-# None stands for undefined: there is nothing to divide by.
-
-
-def auc(y, score):
-    """Area under the ROC curve = P(score of a positive > that of a negative), ties count half. y: bool [N]."""
-    y = np.asarray(y, bool)
-    pos, neg = int(y.sum()), int((~y).sum())
-    if not pos or not neg or not np.isfinite(score).all():
-        return None
-    return float((rankdata(score)[y].sum() - pos * (pos + 1) / 2) / (pos * neg))
-
-
-def roc(y, score):
-    """False and true positive rates at each distinct threshold from the highest down, after (0, 0): fpr, tpr, thresholds."""
-    order = np.argsort(-np.asarray(score), kind="stable")
-    y, score = np.asarray(y, bool)[order], np.asarray(score)[order]
-    last = np.flatnonzero(np.append(np.diff(score) != 0, True))                        # the last of each run of ties
-    tp = np.cumsum(y)[last]
-    fp = last + 1 - tp
-    return np.append(0, fp / max(1, fp[-1])), np.append(0, tp / max(1, tp[-1])), np.append(np.inf, score[last])
-
-
-def youden(y, score):
-    """The threshold (score >= it is positive) with the largest sensitivity + specificity; None if a class is missing."""
-    if auc(y, score) is None:
-        return None
-    fpr, tpr, thresholds = roc(y, score)
-    return float(thresholds[1:][np.argmax((tpr - fpr)[1:])])
-
-
-def ratio(a, b):
-    return float(a / b) if b else None
-
-
-def mean_of(values):
-    """Mean, undefined if any of them is."""
-    values = list(values)
-    return None if None in values else float(np.mean(values))
-
-
-def at_point(y, hit):
-    """Metrics of the decisions `hit` for the truth `y`, both bool [N]."""
-    tp, tn, fp, fn = (int(np.sum(a & b)) for a, b in ((y, hit), (~y, ~hit), (~y, hit), (y, ~hit)))
-    sensitivity, specificity = ratio(tp, tp + fn), ratio(tn, tn + fp)
-    return dict(accuracy=ratio(tp + tn, len(y)), f1=ratio(2 * tp, 2 * tp + fp + fn), sensitivity=sensitivity,
-                specificity=specificity, balanced_accuracy=mean_of([sensitivity, specificity]))
-
-
-def decide(probs):
-    """Class of each row of probs [N, K]: of two, the second from 0.5 on; of more, the likeliest."""
-    return (probs[:, 1] >= 0.5).astype(int) if probs.shape[1] == 2 else probs.argmax(1)
-
-
-def measure(labels, probs, thresholds):
-    """All metrics of probs [N, K]: of class 1, or with K > 2 the mean of each class against the rest (macro).
-
-    thresholds: Youden's, one a class that is measured. Names with youden_ are taken there.
-    """
-    K = probs.shape[1]
-    measured = [1] if K == 2 else range(K)
-    top = decide(probs)
-    out = dict(auc=mean_of(auc(labels == c, probs[:, c]) for c in measured))
-    for prefix, hits in (("", [top == c for c in measured]), ("youden_", [probs[:, c] >= t for c, t in zip(measured, thresholds)])):
-        rows = [at_point(labels == c, hit) for c, hit in zip(measured, hits)]
-        out.update({prefix + k: mean_of(r[k] for r in rows) for k in rows[0]})
-    if K > 2:  # the usual meaning of these two with several classes
-        out.update(accuracy=float(np.mean(top == labels)), balanced_accuracy=out["sensitivity"])
-    return out
-
-
-def thresholds_of(labels, probs):
-    """Youden's thresholds, of validation cases; 0.5 where undefined."""
-    found = [youden(labels == c, probs[:, c]) for c in ([1] if probs.shape[1] == 2 else range(probs.shape[1]))]
-    return [0.5 if t is None else t for t in found]
-
-
-def with_intervals(labels, probs, patients, thresholds, times, seed):
-    """{metric: {value, low, high}}: 95 % percentile intervals over resampled patients (with all of their cases)."""
-    _, who = np.unique(patients, return_inverse=True)
-    members = [np.flatnonzero(who == p) for p in range(who.max() + 1)]
-    rng, drawn = np.random.default_rng([seed, 4]), []
-    for _ in range(times):
-        pick = np.concatenate([members[p] for p in rng.integers(len(members), size=len(members))])
-        drawn.append(measure(labels[pick], probs[pick], thresholds))
-    out = {}
-    for name, value in measure(labels, probs, thresholds).items():
-        defined = [d[name] for d in drawn if d[name] is not None]
-        few = value is None or len(defined) < times / 2
-        low, high = (None, None) if few else map(float, np.percentile(defined, [2.5, 97.5]))
-        out[name] = dict(value=value, low=low, high=high)
-    return out
-
-
-def text_of(m):
-    if m["value"] is None:
-        return "undefined"
-    return f"{m['value']:.3f}" + (f" [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else "")
-
-
 # ---------------------------------------------------------------- shortcut baseline
 
 
@@ -538,20 +237,6 @@ def shortcut(train, test, K, args, seed):
 # ---------------------------------------------------------------- pictures
 
 
-def figure_of(size, rows=1, columns=1):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=size, squeeze=False)
-
-
-def save_figure(fig, path):
-    import matplotlib.pyplot as plt
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=100, bbox_inches="tight")
-    plt.close(fig)
-
-
 def draw_curves(path, rows):
     fig, axes = figure_of((11, 4), 1, 2)
     for ax, key, name in ((axes[0, 0], "loss", "training loss"), (axes[0, 0], "val_loss", "validation loss"),
@@ -568,50 +253,6 @@ def draw_curves(path, rows):
     for ax in axes[0]:
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
-    save_figure(fig, path)
-
-
-def draw_roc(path, scored, thresholds, found, classes):
-    """ROC of the test set (each class against the rest if more than two), the two operating points, and the validation's."""
-    fig, axes = figure_of((5.2, 5))
-    ax, K = axes[0, 0], len(classes)
-    for i, c in enumerate([1] if K == 2 else range(K)):
-        for split, style in (("val", dict(color="0.75")), ("test", dict(color=f"C{i}"))):
-            labels, probs = scored[split]
-            area = auc(labels == c, probs[:, c])
-            if area is None or split == "val" and K > 2:
-                continue
-            fpr, tpr, _ = roc(labels == c, probs[:, c])
-            name = ("validation" if split == "val" else "test") if K == 2 else classes[c]
-            value = text_of(found["auc"]) if K == 2 and split == "test" else f"{area:.3f}"
-            ax.plot(fpr, tpr, lw=2 if split == "test" else 1, label=f"{name}, AUC {value}", **style)
-    for prefix, marker, name in (("", "o", "at 0.5"), ("youden_", "^", f"at {thresholds[0]:.2f}, Youden's of validation")):
-        sens, spec = found[prefix + "sensitivity"]["value"], found[prefix + "specificity"]["value"]
-        if K == 2 and None not in (sens, spec):
-            ax.plot(1 - spec, sens, marker, color="tab:red", ms=8, mfc="none" if prefix else "tab:red", label=name, ls="none")
-    ax.plot([0, 1], [0, 1], "k--", lw=1, label="chance")
-    ax.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    ax.legend(fontsize=8, loc="lower right")
-    ax.grid(alpha=0.3)
-    save_figure(fig, path)
-
-
-def draw_confusion(path, labels, probs, thresholds, classes):
-    K = len(classes)
-    decisions = [("at 0.5" if K == 2 else "likeliest class", decide(probs))]
-    if K == 2:
-        decisions.append((f"at {thresholds[0]:.2f}, Youden's of validation", (probs[:, 1] >= thresholds[0]).astype(int)))
-    fig, axes = figure_of(((2.2 + 0.7 * K) * len(decisions), 1.6 + 0.7 * K), 1, len(decisions))
-    for ax, (name, chosen) in zip(axes[0], decisions):
-        counts = np.zeros((K, K), int)
-        np.add.at(counts, (labels, chosen), 1)
-        share = counts / np.maximum(1, counts.sum(1, keepdims=True))
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for i, j in np.ndindex(K, K):
-            ax.text(j, i, f"{counts[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", color="w" if share[i, j] > 0.6 else "k", fontsize=9)
-        ax.set(xticks=range(K), yticks=range(K), xticklabels=classes, yticklabels=classes, xlabel="predicted", ylabel="true", title=name)
-        ax.title.set_fontsize(10)
-    fig.tight_layout()
     save_figure(fig, path)
 
 
@@ -848,11 +489,6 @@ def finish(model, parts, classes, seed, out, args, where):
     return metrics
 
 
-def write_table(path, header, rows):
-    with write_beside(path) as tmp, open(tmp, "w", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows([header, *rows])
-
-
 def report(m, patients, where):
     val = "undefined" if m["val_auc"] is None else f"{m['val_auc']:.3f}"
     where.say(f"test, {m['cases']['test']} cases of {patients} patients, weights of step {m['step']} (validation AUC {val}), 95 % intervals")
@@ -894,8 +530,9 @@ def main():
     where = place(args.device, args.dtype, args.seeds[0])
     stop = StopRequest()
     settle(args, build_encoder(args, where).config, where)
-    find_data(args, where)
-    cases, classes = list_cases(args, where)
+    task = cls_task(args.task, args.flavour)
+    args.data = cls_data(args.task, args.flavour, args.data, where)
+    cases, classes = list_cases(task, args.data, args.lists, args.patient, where)
     cases, skipped = prepare_all(cases, args, where)
 
     # a run a seed

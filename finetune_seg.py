@@ -12,8 +12,7 @@ Scans are prepared once (RAS+, resampled, windowed, cut to the foreground) and k
 args.json, subset.json, skipped.csv, log.jsonl, ckpt.pt (resumable), best.pt (highest mean Dice), metrics.json, curves.png,
 overlay.png. Every random choice is a function of (seed, sample), so any number of workers or GPUs trains one model.
 
-Sections: tasks · arguments · cases · preparation · crops · augmentation · loss · evaluation · pictures · training step ·
-bench · main
+Sections: arguments · preparation · crops · augmentation · loss · evaluation · pictures · training step · bench · main
 
 B crops of a batch, K classes with the background, X Y Z voxels.
 """
@@ -21,7 +20,6 @@ import argparse
 import csv
 import hashlib
 import os
-import re
 import time
 from dataclasses import asdict
 from functools import lru_cache
@@ -33,35 +31,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (BadInput, Log, StopRequest, cli, cores, cosine_lr, keep_earlier_run, label_subset, leave, load_checkpoint,
+from common import (BadInput, Log, StopRequest, cli, cores, cosine_lr, draw_overlay, keep_earlier_run, label_subset, leave, load_checkpoint,
                     parallel, peak_memory, place, random_states, read_json, read_log, resumed_args, save_checkpoint,
                     set_random_states, write_beside, write_json)
 from model import (SEGMENTER, SIZES, Config, Model, Segmenter, fit, layer_decay_groups, load_pretrained,
                    overlap_counts, sliding_window)
-from serialize import nearest, prepare, prepare_labels, read_labels, read_scan, stem_of
-
-# ---------------------------------------------------------------- tasks
-
-ORGANS = ("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta", "postcava",
-          "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus")
-MSD = "Medical Segmentation Decathlon (http://medicaldecathlon.com)"
-# classes without the background, window (HU; or percentiles, zscore), spacing in mm (None: as it is), where it comes from;
-# recipe: where the published recipe of a task differs; mr_after: cases of a higher number are MR, windowed by percentiles
-TASKS = {
-    "amos": dict(classes=ORGANS, window=(-175, 250), spacing=(1.5, 1.5, 2), mr_after=500, source="AMOS22 (https://amos22.grand-challenge.org)"),
-    "liver": dict(classes=("liver", "cancer"), window=(-21, 189), spacing=(1, 1, 1), source=f"Task03_Liver of the {MSD}"),
-    "lung": dict(classes=("cancer",), window=(-1000, 1000), spacing=(1, 1, 1), source=f"Task06_Lung of the {MSD}"),
-    "pancreas": dict(classes=("pancreas", "cancer"), window=(-87, 199), spacing=(1, 1, 1.5), source=f"Task07_Pancreas of the {MSD}",
-                     recipe=dict(epochs=500)),
-    "hepaticvessel": dict(classes=("vessel", "tumour"), window=(0, 230), spacing=(1, 1, 1.5),
-                          source=f"Task08_HepaticVessel of the {MSD}", recipe=dict(epochs=500)),
-    "spleen": dict(classes=("spleen",), window=(-57, 175), spacing=(1, 1, 1), source=f"Task09_Spleen of the {MSD}"),
-    "colon": dict(classes=("colon cancer primaries",), window=(-57, 175), spacing=(1, 1, 1.5), source=f"Task10_Colon of the {MSD}"),
-    "la": dict(classes=("left atrium",), window="zscore", spacing=None, source="2018 Left Atrium challenge (http://atriaseg2018.cardiacatlas.org), "
-               "or UA-MT's copy (*/mri_norm2.h5, train.list, test.list)", recipe=dict(roi=(192, 192, 64), decay=0.9, augment="strong")),
-    "phantom": dict(classes=ORGANS, window=(-175, 250), spacing=(4.5, 4.5, 4.5), source="phantom.py"),
-}
-LAYOUT = "expected there: dataset.json, imagesTr/*.nii.gz and labelsTr/*.nii.gz (AMOS: imagesVa and labelsVa too)"
+from serialize import OWN_TASK, SEG_TASKS, find_cases, nearest, prepare, prepare_labels, read_case, window_of_case
 
 # ---------------------------------------------------------------- arguments
 
@@ -87,7 +62,7 @@ def parser():
     g.add_argument("--stop-after", type=int, metavar="N", help="save and leave after N steps of this call")
     g.add_argument("--bench", action="store_true", help="crops/s of the loader, and a training step's share of waiting for it; writes nothing")
     g = p.add_argument_group("data")
-    g.add_argument("--task", help=f"{', '.join(TASKS)}, or a name of your own with --data")
+    g.add_argument("--task", help=f"{', '.join(SEG_TASKS)}, or a name of your own with --data")
     g.add_argument("--data", help="folder in the Decathlon layout (default data/TASK; the phantom makes its own)")
     g.add_argument("--cache", default="data/cache", help="where prepared scans are kept (default %(default)s)")
     g.add_argument("--classes", nargs="+", help="names of labels 1, 2, … (default: the task's, else those of dataset.json)")
@@ -136,9 +111,9 @@ def parser():
 def settle(args, where):
     """Fill in what was not given, in place, and say what follows from the machine. Returns the task with its classes."""
     cuda = where.device.type == "cuda"
-    if args.task not in TASKS and not args.data:
-        raise BadInput(f"--task {args.task}: {', '.join(TASKS)}, or a name of your own with --data DIR in the Decathlon layout")
-    task = TASKS.get(args.task, dict(classes=None, window="percentiles", spacing=None, source="a folder of your own"))
+    if args.task not in SEG_TASKS and not args.data:
+        raise BadInput(f"--task {args.task}: {', '.join(SEG_TASKS)}, or a name of your own with --data DIR in the Decathlon layout")
+    task = SEG_TASKS.get(args.task, OWN_TASK)
     if args.preset is None:
         args.preset = "published" if cuda else "nano"
         if not cuda:
@@ -184,90 +159,6 @@ def parse_window(words):
     return [low, high]
 
 
-# ---------------------------------------------------------------- cases
-# A case is a dict: id, image, label (paths), split.
-
-
-def find_cases(args, task, where):
-    """The cases of a data set, sorted by split and id, and the names of the classes."""
-    root = Path(args.data)
-    if args.task == "phantom" and not (root / "dataset.json").exists():
-        if where.main:
-            from phantom import write_amos
-            where.say(f"making phantom patients in {root}")
-            write_amos(root.parent)
-        where.barrier()
-    if not root.is_dir():
-        raise BadInput(f"{root}: no such folder. --task {args.task} needs {task['source']}; {LAYOUT}")
-    notes = next((root / n for n in ("dataset_withVal.json", "dataset.json") if (root / n).exists()), None)
-    notes = read_json(notes, "the table of contents of a data set in the Decathlon layout") if notes else {}
-    named = {int(k): v for k, v in notes.get("labels", {}).items() if str(k).isdigit()}
-    classes = args.classes or task["classes"] or [named[k] for k in sorted(named) if k]
-    if not classes:
-        raise BadInput(f"--task {args.task}: the names of its classes are needed, --classes NAME …, or labels in {root / 'dataset.json'}")
-    cases = listed(root, notes) or listed_in_h5(root) or found_on_disk(root)
-    if not cases:
-        raise BadInput(f"{root}: no labelled scans ({LAYOUT}); {root / 'labelsTr'} "
-                       + ("holds no *.nii.gz" if (root / "labelsTr").is_dir() else "does not exist"))
-    if "val" not in {c["split"] for c in cases}:
-        for c in cases:
-            c["split"] = "val" if hash_share(c["id"]) < 0.2 else "train"
-        if len({c["split"] for c in cases}) == 1:                                      # too few for a rule of shares
-            min(cases, key=lambda c: hash_share(c["id"]))["split"] = "val"
-            max(cases, key=lambda c: hash_share(c["id"]))["split"] = "train"
-    return sorted(cases, key=lambda c: (c["split"], c["id"])), [str(c) for c in classes]
-
-
-def hash_share(name):
-    """A number in [0, 1) that depends on the name of a case alone: below 0.2 it validates, whatever else there is."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2 ** 64
-
-
-def case_of(image, label, split):
-    return dict(id=stem_of(image) or Path(image).stem, image=str(image), label=str(label), split=split)
-
-
-def listed(root, notes):
-    """Cases that dataset.json lists with both an image and a label (entries without one are test scans)."""
-    cases = []
-    for split, key in (("train", "training"), ("val", "validation")):
-        for e in notes.get(key, []):
-            if isinstance(e, dict) and "image" in e and "label" in e and not Path(e["image"]).name.startswith("._"):
-                cases.append(case_of(root / e["image"], root / e["label"], split))
-    return cases
-
-
-def found_on_disk(root):
-    """Pairs of files of one name in imagesTr and labelsTr (Va: validation), litter of macOS (._*) aside."""
-    cases = []
-    for split, tag in (("train", "Tr"), ("val", "Va")):
-        for label in sorted((root / f"labels{tag}").glob("*.nii*")):
-            image = next((f for f in (root / f"images{tag}" / label.name, root / f"images{tag}" / f"{stem_of(label)}_0000.nii.gz")
-                          if f.exists()), root / f"images{tag}" / label.name)
-            if not label.name.startswith("._"):
-                cases.append({**case_of(image, label, split), "id": stem_of(label)})
-    return cases
-
-
-def listed_in_h5(root):
-    """UA-MT's copy of the left atria: NAME/mri_norm2.h5, and the names in train.list and test.list."""
-    files = {f.parent.name: f for f in sorted(root.rglob("mri_norm2.h5"))}
-    lists = {s: next(iter(sorted(root.rglob(f"{n}.list"))), None) for s, n in (("train", "train"), ("val", "test"))}
-    if not files:
-        return []
-    if None in lists.values():
-        return [dict(id=k, image=str(f), label=str(f), split="train") for k, f in files.items()]
-    return [dict(id=name, image=str(files.get(name, root / name / "mri_norm2.h5")), label=str(files.get(name, root / name / "mri_norm2.h5")), split=s)
-            for s, f in lists.items() for name in f.read_text().split()]
-
-
-def window_of_case(case, args):
-    """The window of a case; cases of AMOS with a number above 500 are MR."""
-    number = re.search(r"(\d+)\D*$", case["id"])
-    after = TASKS.get(args.task, {}).get("mr_after")
-    return "percentiles" if after and number and int(number.group(1)) > after else args.window
-
-
 # ---------------------------------------------------------------- preparation
 # A prepared case is four files: ID.image.npy (float16), ID.label.npy (uint8), ID.voxels.npy (int16 [n, 3], up to 10,000 a
 # class, class after class) and, written last, ID.json.
@@ -275,11 +166,11 @@ def window_of_case(case, args):
 VERSION = 1  # of the files below; another one is another folder
 
 
-def prepare_all(cases, classes, args, where):
+def prepare_all(cases, classes, task, args, where):
     """Prepare what the cache does not hold yet, ranks sharing the work: the usable cases, and (id, reason) of the others."""
     key = hashlib.blake2b(repr((VERSION, os.path.abspath(args.data), args.spacing, len(classes))).encode(), digest_size=4).hexdigest()
     folder = Path(args.cache) / f"{args.task}-{key}"
-    jobs = [dict(c, folder=str(folder), spacing=args.spacing, window=window_of_case(c, args), K=len(classes) + 1) for c in cases]
+    jobs = [dict(c, folder=str(folder), spacing=args.spacing, window=window_of_case(c, args.window, task.get("mr_after")), K=len(classes) + 1) for c in cases]
     for job in jobs:
         found = [os.stat(job[f]) for f in ("image", "label") if os.path.exists(job[f])]
         job["stamp"] = [[s.st_size, s.st_mtime_ns] for s in found] + [job["window"]]
@@ -322,18 +213,7 @@ def prepare_case(job):
 
 
 def store_case(job, path):
-    for what in ("image", "label"):
-        if not Path(job[what]).exists():
-            raise BadInput(f"{job[what]}: no such {what} file, though it is listed")
-    if job["image"].endswith(".h5"):
-        values, ras, labels = read_h5(job["image"], job["K"])
-        own = ras
-    else:
-        try:
-            values, ras, own = read_scan(job["image"])
-        except BadInput as e:
-            raise BadInput(f"{job['image']}: {e}") from None
-        labels = read_labels(job["label"], job["K"], values, ras)
+    values, ras, own, labels = read_case(job, job["K"])
     try:
         image, geometry = prepare(values, ras, own, job["spacing"], job["window"])
     except BadInput as e:
@@ -348,18 +228,6 @@ def store_case(job, path):
         with write_beside(f"{path}.{name}.npy") as tmp:
             np.save(tmp, np.ascontiguousarray(array), allow_pickle=False)
     return dict(geometry=geometry, voxels=[len(v) for v in lists], outside=(whole - inside).tolist())
-
-
-def read_h5(path, K):
-    try:
-        import h5py
-    except ImportError:
-        raise BadInput(f"{path}: HDF5 files need h5py: pip install h5py") from None
-    with h5py.File(path) as f:
-        values, labels = f["image"][:], f["label"][:]
-    if values.shape != labels.shape or labels.min() < 0 or labels.max() >= K:
-        raise BadInput(f"{path}: image {values.shape}, label {labels.shape} with values {labels.min()} ... {labels.max()}")
-    return values, np.eye(4), labels.astype(np.uint8)
 
 
 # ---------------------------------------------------------------- crops
@@ -585,37 +453,6 @@ def draw_curves(path, rows, classes):
     plt.close(fig)
 
 
-def draw_overlay(path, case, found, classes, title):
-    """Scan, truth and prediction on the middle slices of the labelled box of one case, along each axis."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    image, truth = (np.array(mapped(case, a)) for a in ("image", "label"))
-    image, spacing = image.astype(np.float32), case["geometry"]["spacing"]
-    colours = plt.get_cmap("tab20")(np.arange(256) % 20)
-    low, high = np.percentile(image, [1, 99.5])
-    fig, axes = plt.subplots(3, 3, figsize=(11, 10))
-    for row, axis in enumerate((2, 1, 0)):
-        hit = np.flatnonzero(truth.any(tuple({0, 1, 2} - {axis})))
-        at = int(hit.mean()) if len(hit) else image.shape[axis] // 2
-        a, b = (s for i, s in enumerate(spacing) if i != axis)
-        for ax, name, labels in zip(axes[row], ("scan", "truth", "prediction"), (None, truth, found)):
-            ax.imshow(image.take(at, axis).T, cmap="gray", origin="lower", vmin=low, vmax=high, aspect=b / a)
-            if labels is not None:
-                seen = labels.take(at, axis).T.astype(int)
-                ax.imshow(np.where(seen[..., None] > 0, colours[np.maximum(seen - 1, 0)] * [1, 1, 1, 0.75], 0), origin="lower", aspect=b / a,
-                          interpolation="nearest")
-            ax.set(xticks=[], yticks=[], title=None if row else name)
-        axes[row, 0].set_ylabel(f"{'xyz'[axis]} = {at}")
-    from matplotlib.patches import Patch
-    fig.legend(handles=[Patch(color=colours[k], label=c) for k, c in enumerate(classes)], loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    fig.suptitle(title)
-    fig.tight_layout()
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=90, bbox_inches="tight")
-    plt.close(fig)
-
-
 # ---------------------------------------------------------------- training step
 
 
@@ -721,7 +558,7 @@ def main():
     p = parser()
     args = p.parse_args()
     if not args.task:
-        raise BadInput(f"--task NAME is needed: {', '.join(TASKS)}, or a name of your own with --data DIR")
+        raise BadInput(f"--task NAME is needed: {', '.join(SEG_TASKS)}, or a name of your own with --data DIR")
     out = Path(args.out or f"out/seg-{args.task}")
     state = None
     if args.resume and (out / "ckpt.pt").exists():
@@ -735,8 +572,8 @@ def main():
     task = settle(args, where)
 
     # data
-    cases, classes = find_cases(args, task, where)
-    ready, failed = prepare_all(cases, classes, args, where)
+    cases, classes = find_cases(args.task, args.data, args.classes, where)
+    ready, failed = prepare_all(cases, classes, task, args, where)
     report_failed(failed, ready, args, where)
     train, val = ([c for c in ready if c["split"] == s] for s in ("train", "val"))
     chosen = set(label_subset([c["id"] for c in train], args.labels, args.seed))
@@ -788,7 +625,7 @@ def main():
     batches = iter(loader)
     if state:
         set_random_states(state["random"], where)
-    made = dict(task=args.task, classes=classes, window=args.window, mr_after=task.get("mr_after"), spacing=args.spacing, roi=args.roi,
+    made = dict(task=args.task, data=args.data, classes=classes, window=args.window, mr_after=task.get("mr_after"), spacing=args.spacing, roi=args.roi,
                 features=args.features, overlap=args.overlap)
     kept = dict(format=SEGMENTER, config=asdict(model.encoder.config), made=made)
 
@@ -809,7 +646,8 @@ def main():
         if where.main:
             log.write(step=step, val_dice=mean, dice=[None if np.isnan(d) else d for d in means])
             draw_curves(out / "curves.png", read_log(out / "log.jsonl"), classes)
-            draw_overlay(out / "overlay.png", val[0], found, classes, f"{val[0]['id']}, step {step}")
+            image, truth = (np.array(mapped(val[0], a), np.float32) for a in ("image", "label"))
+            draw_overlay(out / "overlay.png", image, truth.astype(np.uint8), found, classes, val[0]["geometry"]["spacing"], f"{val[0]['id']}, step {step}")
             if mean > best:
                 save_checkpoint(out / "best.pt", **kept, model=model.state_dict(), step=step, val_dice=mean)
         best = max(best, mean)

@@ -11,7 +11,7 @@ Run it again to add scans, or to go on after a stop: what the corpus already hol
     arrays/*.npy    one int16 array a scan, [X, Y, Z] in RAS+; value = stored · slope + inter
     skipped.csv     every file that could not be used, and why
 
-Sections: reading scans · scans to segment · jobs, one a file · building a corpus · splits · sequences · inspect · bench · main
+Sections: reading scans · scans to segment · data sets to segment · data sets to classify · jobs, one a file · building a corpus · splits · sequences · inspect · bench · main
 
 X Y Z voxels, S sub-images of a sequence laid side by side along z, D = Z/S their depth.
 """
@@ -23,6 +23,7 @@ import json
 import os
 import re
 import time
+import zipfile
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import BadInput, cli, keep_freed_memory, parallel, write_beside
+from common import BadInput, cli, keep_freed_memory, parallel, read_json, write_beside
 
 KINDS = ("spatial", "contrast", "semantic")
 CONTRASTS = ("t1n", "t1c", "t2w", "t2f")            # BraTS 2023, in the published order
@@ -241,13 +242,345 @@ def smooth(labels, shape):
     return won
 
 
+def uncut(volume, geometry):
+    """An array on the prepared grid -> uint8 on the resampled one, before the cut to the foreground, with zeros around."""
+    whole = np.zeros(geometry["resampled"], np.uint8)
+    whole[boxed(geometry["box"])] = volume
+    return whole
+
+
 def invert(labels, geometry):
     """Labels on the prepared grid -> the same on the file's own grid, and the file's own affine."""
-    whole = np.zeros(geometry["resampled"], labels.dtype)
-    whole[boxed(geometry["box"])] = labels
-    own = np.array(geometry["affine"])
-    axes = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.orientations.io_orientation(own))
-    return np.ascontiguousarray(nib.orientations.apply_orientation(smooth(whole, geometry["shape"]), axes)), own
+    return to_own_axes(smooth(uncut(labels, geometry), geometry["shape"]), geometry["affine"])
+
+
+def to_own_axes(values, own):
+    """An array in RAS+ (as `read_scan` returned it) -> in the axes of the file, whose affine is `own`, and that affine."""
+    axes = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.orientations.io_orientation(np.array(own)))
+    return np.ascontiguousarray(nib.orientations.apply_orientation(values, axes)), np.array(own)
+
+
+# ---------------------------------------------------------------- data sets to segment
+ORGANS = ("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta", "postcava",
+          "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus")
+MSD = "Medical Segmentation Decathlon (http://medicaldecathlon.com)"
+# classes without the background, window (HU; or percentiles, zscore), spacing in mm (None: as it is), where it comes from;
+# recipe: where the published recipe of a task differs; mr_after: cases of a higher number are MR, windowed by percentiles
+SEG_TASKS = {
+    "amos": dict(classes=ORGANS, window=(-175, 250), spacing=(1.5, 1.5, 2), mr_after=500, source="AMOS22 (https://amos22.grand-challenge.org)"),
+    "liver": dict(classes=("liver", "cancer"), window=(-21, 189), spacing=(1, 1, 1), source=f"Task03_Liver of the {MSD}"),
+    "lung": dict(classes=("cancer",), window=(-1000, 1000), spacing=(1, 1, 1), source=f"Task06_Lung of the {MSD}"),
+    "pancreas": dict(classes=("pancreas", "cancer"), window=(-87, 199), spacing=(1, 1, 1.5), source=f"Task07_Pancreas of the {MSD}",
+                     recipe=dict(epochs=500)),
+    "hepaticvessel": dict(classes=("vessel", "tumour"), window=(0, 230), spacing=(1, 1, 1.5),
+                          source=f"Task08_HepaticVessel of the {MSD}", recipe=dict(epochs=500)),
+    "spleen": dict(classes=("spleen",), window=(-57, 175), spacing=(1, 1, 1), source=f"Task09_Spleen of the {MSD}"),
+    "colon": dict(classes=("colon cancer primaries",), window=(-57, 175), spacing=(1, 1, 1.5), source=f"Task10_Colon of the {MSD}"),
+    "la": dict(classes=("left atrium",), window="zscore", spacing=None, source="2018 Left Atrium challenge (http://atriaseg2018.cardiacatlas.org), "
+               "or UA-MT's copy (*/mri_norm2.h5, train.list, test.list)", recipe=dict(roi=(192, 192, 64), decay=0.9, augment="strong")),
+    "phantom": dict(classes=ORGANS, window=(-175, 250), spacing=(4.5, 4.5, 4.5), source="phantom.py"),
+}
+LAYOUT = "expected there: dataset.json, imagesTr/*.nii.gz and labelsTr/*.nii.gz (AMOS: imagesVa and labelsVa too)"
+OWN_TASK = dict(classes=None, window="percentiles", spacing=None, source="a folder of your own")
+# A case is a dict: id, image, label (paths), split.
+
+
+def find_cases(name, data, classes, where):
+    """The cases of task `name` in folder `data`, sorted by split and id, and the names of the classes (`classes`, if given)."""
+    root, task = Path(data), SEG_TASKS.get(name, OWN_TASK)
+    if name == "phantom" and not (root / "dataset.json").exists():
+        if where.main:
+            from phantom import write_amos
+            where.say(f"making phantom patients in {root}")
+            write_amos(root.parent)
+        where.barrier()
+    if not root.is_dir():
+        raise BadInput(f"{root}: no such folder. --task {name} needs {task['source']}; {LAYOUT}")
+    notes = next((root / n for n in ("dataset_withVal.json", "dataset.json") if (root / n).exists()), None)
+    notes = read_json(notes, "the table of contents of a data set in the Decathlon layout") if notes else {}
+    named = {int(k): v for k, v in notes.get("labels", {}).items() if str(k).isdigit()}
+    classes = classes or task["classes"] or [named[k] for k in sorted(named) if k]
+    if not classes:
+        raise BadInput(f"--task {name}: the names of its classes are needed, --classes NAME …, or labels in {root / 'dataset.json'}")
+    cases = listed(root, notes) or listed_in_h5(root) or found_on_disk(root)
+    if not cases:
+        raise BadInput(f"{root}: no labelled scans ({LAYOUT}); {root / 'labelsTr'} "
+                       + ("holds no *.nii.gz" if (root / "labelsTr").is_dir() else "does not exist"))
+    if "val" not in {c["split"] for c in cases}:
+        for c in cases:
+            c["split"] = "val" if hash_share(c["id"]) < 0.2 else "train"
+        if len({c["split"] for c in cases}) == 1:                                      # too few for a rule of shares
+            min(cases, key=lambda c: hash_share(c["id"]))["split"] = "val"
+            max(cases, key=lambda c: hash_share(c["id"]))["split"] = "train"
+    return sorted(cases, key=lambda c: (c["split"], c["id"])), [str(c) for c in classes]
+
+
+def hash_share(name):
+    """A number in [0, 1) that depends on the name of a case alone: below 0.2 it validates, whatever else there is."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2 ** 64
+
+
+def pair_of(image, label, split):
+    return dict(id=stem_of(image) or Path(image).stem, image=str(image), label=str(label), split=split)
+
+
+def listed(root, notes):
+    """Cases that dataset.json lists with both an image and a label (entries without one are test scans)."""
+    cases = []
+    for split, key in (("train", "training"), ("val", "validation")):
+        for e in notes.get(key, []):
+            if isinstance(e, dict) and "image" in e and "label" in e and not Path(e["image"]).name.startswith("._"):
+                cases.append(pair_of(root / e["image"], root / e["label"], split))
+    return cases
+
+
+def found_on_disk(root):
+    """Pairs of files of one name in imagesTr and labelsTr (Va: validation), litter of macOS (._*) aside."""
+    cases = []
+    for split, tag in (("train", "Tr"), ("val", "Va")):
+        for label in sorted((root / f"labels{tag}").glob("*.nii*")):
+            image = next((f for f in (root / f"images{tag}" / label.name, root / f"images{tag}" / f"{stem_of(label)}_0000.nii.gz")
+                          if f.exists()), root / f"images{tag}" / label.name)
+            if not label.name.startswith("._"):
+                cases.append({**pair_of(image, label, split), "id": stem_of(label)})
+    return cases
+
+
+def listed_in_h5(root):
+    """UA-MT's copy of the left atria: NAME/mri_norm2.h5, and the names in train.list and test.list."""
+    files = {f.parent.name: f for f in sorted(root.rglob("mri_norm2.h5"))}
+    lists = {s: next(iter(sorted(root.rglob(f"{n}.list"))), None) for s, n in (("train", "train"), ("val", "test"))}
+    if not files:
+        return []
+    if None in lists.values():
+        return [dict(id=k, image=str(f), label=str(f), split="train") for k, f in files.items()]
+    return [dict(id=name, image=str(files.get(name, root / name / "mri_norm2.h5")), label=str(files.get(name, root / name / "mri_norm2.h5")), split=s)
+            for s, f in lists.items() for name in f.read_text().split()]
+
+
+def window_of_case(case, window, mr_after):
+    """The window of a case: `window`, or percentiles where the number in its id is above `mr_after` (AMOS: those are MR)."""
+    number = re.search(r"(\d+)\D*$", case["id"])
+    return "percentiles" if mr_after and number and int(number.group(1)) > mr_after else window
+
+def read_case(case, K):
+    """A case's scan as `read_scan` returns it, and its labels [X, Y, Z] uint8, 0 … K − 1. BadInput names the file at fault."""
+    for what in ("image", "label"):
+        if not Path(case[what]).exists():
+            raise BadInput(f"{case[what]}: no such {what} file, though it is listed")
+    if case["image"].endswith(".h5"):
+        values, ras, labels = read_h5(case["image"], K)
+        return values, ras, ras, labels
+    try:
+        values, ras, own = read_scan(case["image"])
+    except BadInput as e:
+        raise BadInput(f"{case['image']}: {e}") from None
+    return values, ras, own, read_labels(case["label"], K, values, ras)
+
+
+def read_h5(path, K):
+    try:
+        import h5py
+    except ImportError:
+        raise BadInput(f"{path}: HDF5 files need h5py: pip install h5py") from None
+    with h5py.File(path) as f:
+        values, labels = f["image"][:], f["label"][:]
+    if values.shape != labels.shape or labels.min() < 0 or labels.max() >= K:
+        raise BadInput(f"{path}: image {values.shape}, label {labels.shape} with values {labels.min()} ... {labels.max()}")
+    return values, np.eye(4), labels.astype(np.uint8)
+
+
+# ---------------------------------------------------------------- data sets to classify
+# A task: how its cases are listed (npz: MedMNIST's file; lists: FILE LABEL a line; csv), its classes, the size of the input
+# (and with --size nano), the intensities that become 0 and 1 (None: a scan's own 1st and 99.9th percentiles), and whose recipe it follows.
+
+CLS_TASKS = {
+    "nodule": dict(listed="npz", classes=["benign", "malignant"], volume=[128, 128, 128], nano=[32, 32, 32], window=[0, 255], recipe="nodule"),
+    "ricord": dict(listed="lists", classes=["no COVID", "COVID"], volume=[128, 128, 64], nano=[64, 64, 32], window=[0, 1400], recipe="ricord"),
+    "mine": dict(listed="csv", classes=None, volume=[128, 128, 128], nano=[64, 64, 64], window=None, recipe="ricord"),
+}
+# the phantom's scans are in HU: the published window, which is as wide, would make all of the lung 0
+FLAVOURS = {"nodule": CLS_TASKS["nodule"], "ricord": {**CLS_TASKS["ricord"], "window": [-1000, 400]}}
+SPLITS = ("train", "val", "test")
+
+
+# A case is a dict: file (its name in reports), split, label, patient, and source: a path, or an array [x, y, z].
+
+
+def cases_of_npz(path, classes):
+    """MedMNIST's file: {train,val,test}_{images,labels}. It names no patients, so each image counts as one."""
+    if path.is_dir():
+        found = [path / f"nodulemnist3d{s}.npz" for s in ("", "_64") if (path / f"nodulemnist3d{s}.npz").is_file()]
+        if not found:
+            raise BadInput(f"{path}: no nodulemnist3d.npz or nodulemnist3d_64.npz in it; get one from medmnist.com")
+        path = found[0]
+    cases = []
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            lacking = [f"{s}_{k}" for s in SPLITS for k in ("images", "labels") if f"{s}_{k}" not in z.files]
+            if lacking:
+                raise BadInput(f"{path}: lacks {', '.join(lacking)}; MedMNIST's 3D files hold them")
+            arrays = {s: (z[f"{s}_images"], z[f"{s}_labels"]) for s in SPLITS}
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; --data names the npz or its folder") from None
+    except (zipfile.BadZipFile, OSError, EOFError) as e:
+        raise BadInput(f"{path}: cannot be read as an npz ({e}); download it again") from None
+    except ValueError as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f"{path}: holds Python objects, which only unpickling could read: refused") from None
+    for split, (images, labels) in arrays.items():
+        if images.ndim != 4 or images.dtype.kind not in "uif" or len(images) != len(labels) or labels.size != len(labels):
+            raise BadInput(f"{path}: {split}_images {images.shape} {images.dtype}, {split}_labels {labels.shape}; "
+                           "[N, x, y, z] numbers and [N, 1] are needed")
+        cases += [dict(file=f"{split}/{i:05d}", split=split, label=check_label(y, classes, f"{path}: {split}_labels[{i}]"),
+                       patient=f"{split}/{i:05d}", source=v) for i, (v, y) in enumerate(zip(images, labels.reshape(-1).tolist()))]
+    return cases
+
+
+def cases_of_lists(folder, lists, classes, pattern):
+    """The authors' lists: lines `FILE LABEL`, files relative to `folder`."""
+    cases = []
+    for split, name in zip(SPLITS, lists or [folder / f"{s}.txt" for s in SPLITS]):
+        try:
+            lines = Path(name).read_text().splitlines()
+        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+            raise BadInput(f"{name}: no such list of lines FILE LABEL; see --lists") from None
+        for n, line in enumerate(lines):
+            if line.strip():
+                file, _, label = line.strip().rpartition(" ")
+                cases.append(case_of(folder, file.strip(), label, split, classes, pattern, f"{name}:{n + 1}"))
+    return cases
+
+
+def cases_of_csv(path, classes, pattern):
+    """A CSV with the columns file,label,split and, if you like, patient; files relative to its folder."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        raise BadInput(f"{path}: no such CSV; --data names one with the columns file,label,split") from None
+    lacking = [c for c in ("file", "label", "split") if not rows or c not in rows[0]]
+    if lacking:
+        raise BadInput(f"{path}: lacks the column {lacking[0]}, or has no rows; file,label,split are needed")
+    cases = []
+    for n, row in enumerate(rows):
+        at = f"{path}:{n + 2}"
+        if row["split"] not in SPLITS:
+            raise BadInput(f"{at}: split {row['split']!r}; it is one of {', '.join(SPLITS)}")
+        case = case_of(path.parent, row["file"] or "", row["label"], row["split"], classes, pattern, at)
+        cases.append({**case, "patient": row.get("patient") or case["patient"]})
+    return cases
+
+
+def case_of(folder, file, label, split, classes, pattern, at):
+    if not file or not (folder / file).exists():
+        raise BadInput(f"{at}: no such file {folder / file}")
+    match = re.search(pattern or r"RICORD(?:-1[ABC]-\d+)?-\d+", file)
+    if pattern and not match:
+        raise BadInput(f"{at}: --patient {pattern!r} does not match {file}")
+    who = (match.group(1) if match.re.groups else match.group()) if match else stem_of(file)
+    return dict(file=file, split=split, label=check_label(label, classes, at), patient=who, source=folder / file)
+
+
+def check_label(value, classes, at):
+    """A label as an int; BadInput if it is not one, or not one of `classes` (None: any from 0 on)."""
+    if str(value).strip().isdecimal() and (classes is None or int(value) < len(classes)):
+        return int(value)
+    allowed = f"0 to {len(classes) - 1}" if classes else "an integer from 0 on"
+    raise BadInput(f"{at}: label {value!r}; it is {allowed}")
+
+
+def list_cases(task, data, lists, pattern, where):
+    """All cases of a task (one of CLS_TASKS) in `data` and the names of its classes. No patient may be in two splits."""
+    data = Path(data)
+    if task["listed"] == "npz":
+        cases = cases_of_npz(data, task["classes"])
+    elif task["listed"] == "lists":
+        cases = cases_of_lists(data, lists, task["classes"], pattern)
+    else:
+        cases = cases_of_csv(data, task["classes"], pattern)
+    classes = task["classes"] or [str(c) for c in range(max(2, 1 + max(c["label"] for c in cases)))]
+    splits = {}
+    for c in cases:
+        splits.setdefault(c["patient"], set()).add(c["split"])
+    both = [p for p, s in splits.items() if len(s) > 1]
+    if both:
+        raise BadInput(f"{data}: {len(both)} patients are in more than one split, {both[0]} in {' and '.join(sorted(splits[both[0]]))}; "
+                       "give each patient one split (--patient REGEX says what names a patient)")
+    for s in SPLITS:
+        have = {c["label"] for c in cases if c["split"] == s}
+        if not have or s == "train" and len(have) < len(classes):
+            raise BadInput(f"{data}: the {s} split has no case" + (f" of class {min(set(range(len(classes))) - have)}" if have else ""))
+    if task["listed"] == "npz":
+        where.say("the file names no patients: cases are taken to be of different patients")
+        prints = {}
+        for c in cases:
+            prints.setdefault(hashlib.blake2b(c["source"], digest_size=16).digest(), set()).add(c["split"])
+        twice = sum(len(s) > 1 for s in prints.values())
+        if twice:
+            where.say(f"warning: {twice} images stand in more than one split, voxel for voxel")
+    else:
+        where.say("patients: " + ", ".join(f"{len({c['patient'] for c in cases if c['split'] == s})} {s}" for s in SPLITS)
+                  + "; none is in two splits")
+    return cases, classes
+
+
+def cls_task(name, flavour):
+    return FLAVOURS[flavour] if name == "phantom-cls" else CLS_TASKS[name]
+
+
+def cls_data(name, flavour, data, where):
+    """The folder or file of a task's data: `data`, else its default; the phantom's is made if it is not there."""
+    if data is None and name == "phantom-cls":
+        data = f"data/phantom/{flavour}"
+        if where.main:
+            from phantom import write_phantom
+            done = Path(data, "nodulemnist3d.npz" if flavour == "nodule" else "test.txt").exists()
+            where.say(f"made-up patients, {flavour}: {'from' if done else 'making them in'} {data}")
+            done or write_phantom("data/phantom", parts=(flavour,))
+        where.barrier()
+    return data or ("data/mine.csv" if name == "mine" else f"data/{name}")
+
+
+def resize_whole(values, shape):
+    """[x, y, z] -> `shape`: area means along axes that shrink, then trilinear."""
+    v = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None, None]
+    v = F.adaptive_avg_pool3d(v, [min(a, b) for a, b in zip(v.shape[2:], shape)])
+    return F.interpolate(v, shape, mode="trilinear")[0, 0].numpy()
+
+
+def statistics(values, affine, own):
+    """What can be known of a scan without looking: the numbers of the header, and of its histogram."""
+    axes = nib.orientations.io_orientation(own).ravel()
+    header = [*values.shape, *nib.affines.voxel_sizes(affine), *affine[:3, 3], *axes, values.dtype.itemsize]
+    return np.array([*header, values.mean(), values.std(), *np.percentile(values, [0, 1, 5, 25, 50, 75, 95, 99, 100])], np.float64)
+
+
+def prepare_whole(case, shape, window, cache):
+    """A case's array at the size of the input, in [0, 1], and its statistics, in the cache: (file, statistics, None), or why not."""
+    source, own = case["source"], isinstance(case["source"], np.ndarray)
+    stat = None if own else source.stat()
+    stamp = hashlib.blake2b(source, digest_size=16).hexdigest() if own else [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
+    path = Path(cache) / f"{hashlib.blake2b(f'1 {stamp} {shape} {window}'.encode(), digest_size=16).hexdigest()}.npz"
+    try:
+        if not path.exists():
+            values, affine, header = (source, np.eye(4), np.eye(4)) if own else read_scan(source)
+            if values.ndim != 3 or not np.isfinite(values).all():
+                raise BadInput(f"{values.ndim}D, or with voxels that are NaN; one finite 3D volume is needed")
+            low, high = window or np.percentile(values, [1, 99.9])
+            unit = np.clip((values.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
+            with write_beside(path) as tmp:
+                np.savez(tmp, volume=resize_whole(unit, shape).astype(np.float16), statistics=statistics(values, affine, header))
+        with np.load(path, allow_pickle=False) as z:
+            return str(path), z["statistics"], None
+    except BadInput as e:
+        return None, None, str(e)
+
+
+def load_volume(case):
+    with np.load(case["array"], allow_pickle=False) as z:
+        return torch.from_numpy(z["volume"])                                           # [X, Y, Z] float16
 
 
 # ---------------------------------------------------------------- jobs, one a file

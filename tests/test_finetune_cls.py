@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import finetune_cls as cls
+import serialize
 from common import BadInput, label_subset, load_checkpoint, place, poly_lr, read_log
 from model import CLS_FORMAT, SIZES, Classifier, Config, Model, fit, layer_decay_groups
+from serialize import case_of, cls_task, list_cases, load_volume, prepare_whole, resize_whole
 
 SMALL = ["--size", "nano", "--volume", 16, 16, 16, "--dtype", "fp32", "--bootstrap", 50, "--log-every", 1, "--warmup", 2]
 PICTURES = ("draw_curves", "draw_roc", "draw_confusion", "draw_cases")
@@ -114,17 +117,17 @@ def test_attention_pooling_starts_as_the_mean():
     ([0, 1, 1], [.3, .3, .3], 0.5),                   # all equal: chance, and defined
     ([1, 0], [0, 1], 0.0), ([1, 1, 1], [.1, .2, .3], None), ([0, 0], [.1, .2], None), ([0, 1], [np.nan, .2], None)])
 def test_auc(y, score, area):
-    assert cls.auc(np.array(y) == 1, np.array(score)) == area
+    assert common.auc(np.array(y) == 1, np.array(score)) == area
     if area is not None:
-        fpr, tpr, _ = cls.roc(np.array(y) == 1, np.array(score))
+        fpr, tpr, _ = common.roc(np.array(y) == 1, np.array(score))
         assert np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2) == pytest.approx(area)
 
 
 def test_metrics_at_both_points():
     labels = np.array([0, 0, 0, 1, 1])
     p1 = np.array([.1, .3, .6, .4, .9])
-    assert cls.youden(labels == 1, p1) == 0.9 or cls.youden(labels == 1, p1) == 0.4
-    m = cls.measure(labels, np.stack([1 - p1, p1], 1), [0.4])
+    assert common.youden(labels == 1, p1) == 0.9 or common.youden(labels == 1, p1) == 0.4
+    m = common.measure(labels, np.stack([1 - p1, p1], 1), [0.4])
     assert m["auc"] == pytest.approx(5 / 6)
     assert (m["sensitivity"], m["specificity"], m["accuracy"]) == pytest.approx((1 / 2, 2 / 3, 3 / 5))
     assert (m["f1"], m["balanced_accuracy"]) == pytest.approx((1 / 2, 7 / 12))
@@ -135,34 +138,34 @@ def test_youden_is_the_best_threshold_of_any():
     rng = np.random.default_rng(1)
     y, s = rng.random(50) < 0.4, rng.integers(0, 12, 50) / 10
     gain = lambda t: np.mean(s[y] >= t) - np.mean(s[~y] >= t)  # noqa: E731
-    assert gain(cls.youden(y, s)) == pytest.approx(max(gain(t) for t in np.arange(-0.05, 1.3, 0.1)))
-    assert cls.youden(np.ones(3, bool), np.arange(3.)) is None
+    assert gain(common.youden(y, s)) == pytest.approx(max(gain(t) for t in np.arange(-0.05, 1.3, 0.1)))
+    assert common.youden(np.ones(3, bool), np.arange(3.)) is None
 
 
 def test_several_classes_are_one_against_the_rest():
     labels = np.array([0, 1, 2, 2])
     probs = np.array([[.6, .3, .1], [.5, .4, .1], [.1, .2, .7], [.2, .5, .3]])
-    m = cls.measure(labels, probs, [.5, .5, .5])
+    m = common.measure(labels, probs, [.5, .5, .5])
     assert m["auc"] == pytest.approx(np.mean([1, 2 / 3, 1]))
     assert m["accuracy"] == 0.5 and m["balanced_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert cls.measure(labels[:2], probs[:2], [.5] * 3)["auc"] is None
+    assert common.measure(labels[:2], probs[:2], [.5] * 3)["auc"] is None
 
 
 def test_undefined_stays_undefined():
-    one = cls.with_intervals(np.ones(4, int), np.full((4, 2), 0.5), np.arange(4), [0.5], 20, 0)
-    assert one["auc"] == dict(value=None, low=None, high=None) and cls.text_of(one["auc"]) == "undefined"
+    one = common.with_intervals(np.ones(4, int), np.full((4, 2), 0.5), np.arange(4), [0.5], 20, 0)
+    assert one["auc"] == dict(value=None, low=None, high=None) and common.text_of(one["auc"]) == "undefined"
     assert one["specificity"]["value"] is None and one["balanced_accuracy"]["value"] is None and one["sensitivity"]["value"] == 1
-    assert cls.at_point(np.zeros(3, bool), np.zeros(3, bool))["f1"] is None
+    assert common.at_point(np.zeros(3, bool), np.zeros(3, bool))["f1"] is None
 
 
 def test_the_bootstrap_draws_patients_not_cases():
     rng = np.random.default_rng(0)
     y = np.arange(40) % 2
     p1 = np.clip(0.5 + 0.15 * (2 * y - 1) + 0.3 * rng.standard_normal(40), 0, 1)
-    wide = lambda k, who: (lambda m: m["high"] - m["low"])(cls.with_intervals(  # noqa: E731
+    wide = lambda k, who: (lambda m: m["high"] - m["low"])(common.with_intervals(  # noqa: E731
         np.tile(y, k), np.tile(np.stack([1 - p1, p1], 1), (k, 1)), np.tile(who, k), [0.5], 400, 0)["auc"])
     assert wide(1, np.arange(40)) == pytest.approx(wide(9, np.arange(40)), rel=0.02)  # nine scans of each patient tell no more
-    ours = cls.with_intervals(y, np.stack([1 - p1, p1], 1), np.arange(40), [0.5], 400, 0)["auc"]
+    ours = common.with_intervals(y, np.stack([1 - p1, p1], 1), np.arange(40), [0.5], 400, 0)["auc"]
     assert ours["low"] < ours["value"] < ours["high"]
 
 
@@ -171,9 +174,9 @@ def test_logistic_regression_finds_its_minimum():
     x = rng.standard_normal((300, 3))
     y = (x[:, 0] + 0.3 * rng.standard_normal(300) > 0).astype(int)
     probs = cls.logistic(np.c_[x, np.ones(300)], y, 2)(np.c_[x, np.full(300, 7.0)])   # a constant column is left out
-    assert cls.auc(y == 1, probs[:, 1]) > 0.97 and np.allclose(probs.sum(1), 1)
+    assert common.auc(y == 1, probs[:, 1]) > 0.97 and np.allclose(probs.sum(1), 1)
     noise = cls.logistic(x, rng.integers(0, 2, 300), 2)(rng.standard_normal((300, 3)))
-    assert 0.4 < cls.auc(y == 1, noise[:, 1]) < 0.6
+    assert 0.4 < common.auc(y == 1, noise[:, 1]) < 0.6
 
 
 # ---------------------------------------------------------------- golden logits
@@ -220,12 +223,12 @@ def test_a_run_resumes_bitwise_and_selects_before_it_looks_at_the_test_set(go, t
     table = list(csv.DictReader(open(whole / "scores.csv")))
     for split, value in (("test", m["test"]["auc"]["value"]), ("val", m["val_auc"])):
         part = [r for r in table if r["split"] == split]
-        assert cls.auc(np.array([r["label"] == "1" for r in part]), np.array([float(r["p_1"]) for r in part])) == pytest.approx(value)
+        assert common.auc(np.array([r["label"] == "1" for r in part]), np.array([float(r["p_1"]) for r in part])) == pytest.approx(value)
     assert all((whole / f).stat().st_size > 5000 for f in ("roc.png", "confusion.png", "cases.png", "curves.png"))
     assert "shortcut baseline" in capsys.readouterr().out
 
     # stopped and resumed: the same, bit by bit; reading is from the cache
-    monkeypatch.setattr(cls, "resize", lambda *a: pytest.fail("resized again"))
+    monkeypatch.setattr(serialize, "resize_whole", lambda *a: pytest.fail("resized again"))
     go(*flags, "--out", "half", "--stop-after", 5)
     assert not (half / "metrics.json").exists() and load_checkpoint(half / "ckpt.pt")["step"] == 5
     go("--resume", "--out", "half")
@@ -241,7 +244,7 @@ def test_a_run_resumes_bitwise_and_selects_before_it_looks_at_the_test_set(go, t
 
 def test_the_last_weights_are_not_taken_for_the_best(go, tmp_path, monkeypatch):
     """Validation is made to prefer epoch 2 of 4: the test scores are those of epoch 2."""
-    real, calls = cls.measure, []
+    real, calls = common.measure, []
 
     def doctored(labels, probs, thresholds):
         m = real(labels, probs, thresholds)
@@ -257,7 +260,7 @@ def test_the_last_weights_are_not_taken_for_the_best(go, tmp_path, monkeypatch):
     fit(model, weights(tmp_path / "o/best.pt"), "best.pt")
     rows = [r for r in csv.DictReader(open(tmp_path / "o/scores.csv")) if r["split"] == "test"]
     with np.load(tmp_path / "n.npz") as z:
-        v = np.stack([cls.resize(np.float32(i / 255), (16, 16, 16)).astype(np.float16) for i in z["test_images"]])
+        v = np.stack([resize_whole(np.float32(i / 255), (16, 16, 16)).astype(np.float16) for i in z["test_images"]])
     with torch.no_grad():
         assert np.allclose(model(torch.from_numpy(v).float()).softmax(1)[:, 1], [float(r["p_1"]) for r in rows], atol=1e-5)
 
@@ -318,8 +321,8 @@ def test_flips_are_those_of_the_sample():
 def test_scans_are_turned_to_ras_windowed_and_resized(tmp_path):
     make_scans(tmp_path, 1, lambda i: np.broadcast_to(np.arange(8)[:, None, None] * 200, (8, 8, 8)).astype(np.int16))
     case = dict(source=tmp_path / "s0.nii.gz")
-    file, stats, reason = cls.prepare(case, (4, 8, 16), [0, 1400], tmp_path / "cache")
-    v = cls.load_volume(dict(array=file)).float()
+    file, stats, reason = prepare_whole(case, (4, 8, 16), [0, 1400], tmp_path / "cache")
+    v = load_volume(dict(array=file)).float()
     assert reason is None and v.shape == (4, 8, 16)
     assert torch.allclose(v[:, 0, 0], torch.tensor([1300, 900, 500, 100]) / 1400, atol=1e-3)  # the first axis pointed left
     assert stats[:3].tolist() == [8, 8, 8] and stats[3:6].tolist() == [1, 1, 2]
@@ -328,10 +331,13 @@ def test_scans_are_turned_to_ras_windowed_and_resized(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
+def listing(args):
+    return list_cases(cls_task(args.task, args.flavour), args.data, args.lists, args.patient, place("cpu", "fp32"))
+
+
 def refused(args, words):
-    args.data = str(args.data)
     with pytest.raises(BadInput, match=words):
-        cls.list_cases(args, place("cpu", "fp32"))
+        listing(args)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -362,7 +368,7 @@ def test_bad_lists_and_tables(tmp_path):
         for name, text in {**good, **change}.items():
             (tmp_path / f"{name}.txt").write_text(text)
     lists()
-    assert len(cls.list_cases(args, place("cpu", "fp32"))[0]) == 4
+    assert len(listing(args)[0]) == 4
     for change, words in ((dict(val="gone.nii.gz 0\n"), r"val.txt:1: no such file .*gone.nii.gz"),
                           (dict(test="s3.nii.gz 7\n"), "test.txt:1: label '7'; it is 0 to 1"),
                           (dict(test="s3.nii.gz yes\n"), "label 'yes'"), (dict(val=""), "the val split has no case"),
@@ -381,7 +387,7 @@ def test_bad_lists_and_tables(tmp_path):
 
 
 def test_a_ricord_name_names_its_patient(tmp_path):
-    who = lambda name: cls.case_of(tmp_path, name, "0", "train", ["a", "b"], None, "x")["patient"]  # noqa: E731
+    who = lambda name: case_of(tmp_path, name, "0", "train", ["a", "b"], None, "x")["patient"]  # noqa: E731
     for name in ("MIDRC-RICORD-1A-419639-000082_s2.nii.gz", "RICORD-000001.nii.gz", "other_7.nii.gz"):
         (tmp_path / name).touch()
     assert [who(n.name) for n in sorted(tmp_path.iterdir())] == ["RICORD-1A-419639-000082", "RICORD-000001", "other_7"]

@@ -250,10 +250,10 @@ def test_preparing_and_inverting_gives_the_labels_back(tmp_path, grid, spacing):
 @pytest.fixture
 def prepared(run, home, tmp_path):
     run(home, tmp_path / "prepared", "--steps", 1)
-    args = parser().parse_args(["--task", "mine"])
+    args = parser().parse_args(["--task", "mine", "--classes", "ball", "box"])
     args.data, args.cache, args.spacing, args.window, args.workers = str(home), str(tmp_path / "cache"), [1.0, 1.0, 1.0], [0.0, 100.0], 0
-    cases, classes = finetune_seg.find_cases(args, dict(classes=["ball", "box"]), WHERE)
-    return finetune_seg.prepare_all(cases, classes, args, WHERE)[0]
+    cases, classes = finetune_seg.find_cases(args.task, args.data, args.classes, WHERE)
+    return finetune_seg.prepare_all(cases, classes, {}, args, WHERE)[0]
 
 
 class WHERE:
@@ -436,7 +436,7 @@ def test_without_a_list_the_split_is_a_rule_of_the_case_id(home, tmp_path):
             (tmp_path / f"{part}Tr").mkdir(exist_ok=True)
             (tmp_path / f"{part}Tr/liver_{i}.nii.gz").touch()
     args = parser().parse_args(["--task", "liver", "--data", str(tmp_path)])
-    split = lambda: {c["id"]: c["split"] for c in finetune_seg.find_cases(args, finetune_seg.TASKS["liver"], WHERE)[0]}  # noqa: E731
+    split = lambda: {c["id"]: c["split"] for c in finetune_seg.find_cases("liver", args.data, args.classes, WHERE)[0]}  # noqa: E731
     before = split()
     assert 2 <= sum(s == "val" for s in before.values()) <= 12
     os.remove(tmp_path / "labelsTr/liver_7.nii.gz")
