@@ -77,8 +77,8 @@ def parser():
     g = p.add_argument_group("crops and augmentation")
     g.add_argument("--roi", nargs="+", type=int, help="edges in voxels, one or three (published: 96; la 192 192 64; nano 64)")
     g.add_argument("--foreground", type=float, default=0.5, help="share of the crops centred on a labelled voxel, its class drawn first (published: 0.5)")
-    g.add_argument("--augment", choices=["none", "standard", "strong"], help="standard: the three below; strong: la's recipe (published: standard; la strong)")
-    g.add_argument("--flip", type=float, help="probability an axis (published: 0.2; nano 0)")
+    g.add_argument("--augment", choices=["none", "standard", "strong"], help="standard: the three below; strong: --flip and la's recipe (published: standard; la strong)")
+    g.add_argument("--flip", type=float, help="probability an axis (published: 0.2; la mirrors, here 0.5; nano 0)")
     g.add_argument("--rotate", type=float, help="probability of a rotation by 90, 180 or 270° about z (published: 0.2; nano 0)")
     g.add_argument("--intensity", type=float, help="probability of a scale, and of a shift, by up to 10 %% (published: 0.1; nano 0.3)")
     g = p.add_argument_group("optimisation")
@@ -313,7 +313,7 @@ def augment(image, label, chance, args):
         image, label = deform(image, label, chance)
         image = torch.stack([degrade(v, u) for v, u in zip(image, chance.tolist())])
     for i, u in enumerate(chance.tolist()):
-        axes = [a for a in range(3) if u[a] < (0.5 if args.augment == "strong" else args.flip)]
+        axes = [a for a in range(3) if u[a] < args.flip]
         turns = 1 + int(3 * u[4]) if args.augment == "standard" and u[3] < args.rotate else 0
         for t in (image, label):
             if axes or turns:

@@ -277,7 +277,7 @@ SEG_TASKS = {
     "spleen": dict(classes=("spleen",), window=(-57, 175), spacing=(1, 1, 1), source=f"Task09_Spleen of the {MSD}"),
     "colon": dict(classes=("colon cancer primaries",), window=(-57, 175), spacing=(1, 1, 1.5), source=f"Task10_Colon of the {MSD}"),
     "la": dict(classes=("left atrium",), window="zscore", spacing=None, source="2018 Left Atrium challenge (http://atriaseg2018.cardiacatlas.org), "
-               "or UA-MT's copy (*/mri_norm2.h5, train.list, test.list)", recipe=dict(roi=(192, 192, 64), decay=0.9, augment="strong")),
+               "or UA-MT's copy (*/mri_norm2.h5, train.list, test.list)", recipe=dict(roi=(192, 192, 64), decay=0.9, augment="strong", flip=0.5)),
     "phantom": dict(classes=ORGANS, window=(-175, 250), spacing=(4.5, 4.5, 4.5), source="phantom.py"),
 }
 LAYOUT = "expected there: dataset.json, imagesTr/*.nii.gz and labelsTr/*.nii.gz (AMOS: imagesVa and labelsVa too)"

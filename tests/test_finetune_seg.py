@@ -293,7 +293,7 @@ def test_image_and_label_move_together(kind):
 
 
 def test_strong_augmentation_is_finite_and_changes_intensities():
-    args = parser().parse_args(["--task", "la", "--augment", "strong"])
+    args = parser().parse_args(["--task", "la", "--augment", "strong", "--flip", "0.5"])
     x = torch.randn(6, 24, 24, 16, generator=torch.Generator().manual_seed(0))
     y, label = augment(x.clone(), torch.ones(6, 24, 24, 16, dtype=torch.uint8), torch.zeros(6, 32, dtype=torch.float64) + 0.05, args)
     assert y.shape == x.shape and y.isfinite().all() and not torch.allclose(y, x, atol=0.1)
