@@ -30,6 +30,7 @@ from tqdm import tqdm
 from common import (BadInput, Log, StopRequest, auc, cli, cores, cosine_lr, decide, draw_confusion, draw_roc, figure_of, keep_earlier_run, label_subset, leave,
                     load_checkpoint, measure, parallel, place, poly_lr, read_json, read_log, resumed_args, save_checkpoint,
                     save_figure, text_of, thresholds_of, with_intervals, write_json, write_table)
+from kernels import choose
 from model import CLS_FORMAT, SIZES, Classifier, Config, Model, fit, grid_of, layer_decay_groups, load_pretrained
 from serialize import CLS_TASKS, FLAVOURS, SPLITS, cls_data, cls_task, list_cases, load_volume, prepare_whole
 
@@ -44,7 +45,7 @@ RECIPES = {  # what a flag that was not given stands for; nodule and ricord are 
                  patience=0, flip=0.5, class_weights=True),
 }
 SCRATCH = {"ricord": dict(lr=1e-5, wd=1e-4)}  # published: what differs without pre-training
-FREE = {"resume", "data", "out", "cache", "seeds", "device", "workers", "micro", "log_every", "save_every", "stop_after"}
+FREE = {"resume", "data", "out", "cache", "seeds", "device", "workers", "micro", "kernels", "log_every", "save_every", "stop_after"}
 
 
 def parser():
@@ -89,6 +90,7 @@ def parser():
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the matrix products")
+    g.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help="auto: Triton's (kernels/) on CUDA, else PyTorch")
     g.add_argument("--workers", type=int, help="loader processes a rank (default: 4 with CUDA, 0 without)")
     g = p.add_argument_group("reports")
     g.add_argument("--bootstrap", type=int, default=1000, help="resamplings of the patients for the 95 %% intervals (default %(default)s)")
@@ -373,6 +375,9 @@ def run(args, seed, out, cases, classes, skipped, stop, where):
     model = Classifier(encoder, K, args.pool)
     if state:
         fit(model, state["model"], out / "ckpt.pt")
+    kernels, why = choose(args.kernels, where.device)
+    encoder.use(kernels)
+    where.say(f"--kernels {args.kernels}: {kernels} ({why})")
     model.to(where.device)
     net = model
     if where.world > 1:

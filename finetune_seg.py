@@ -34,6 +34,7 @@ from tqdm import tqdm
 from common import (BadInput, Log, StopRequest, cli, cores, cosine_lr, draw_overlay, keep_earlier_run, label_subset, leave, load_checkpoint,
                     parallel, peak_memory, place, random_states, read_json, read_log, resumed_args, save_checkpoint,
                     set_random_states, write_beside, write_json)
+from kernels import choose
 from model import (SEGMENTER, SIZES, Config, Model, Segmenter, fit, layer_decay_groups, load_pretrained,
                    overlap_counts, sliding_window)
 from serialize import OWN_TASK, SEG_TASKS, find_cases, nearest, prepare, prepare_labels, read_case, window_of_case
@@ -49,7 +50,7 @@ PRESETS = {  # what departs from the published recipe
     "nano": dict(roi=(64, 64, 64), spacing=(4.5, 4.5, 4.5), steps=700, batch=1, crops=1, lr=2e-3, decay=1.0, warmup=0.05, overlap=0.5,
                  flip=0.0, rotate=0.0, intensity=0.3, clip=1.0, vals=4, augment="standard"),
 }
-FREE = {"resume", "data", "cache", "out", "device", "workers", "micro", "compile", "log_every", "save_every", "stop_after"}
+FREE = {"resume", "data", "cache", "out", "device", "workers", "micro", "kernels", "compile", "log_every", "save_every", "stop_after"}
 
 
 def parser():
@@ -97,6 +98,7 @@ def parser():
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the products; losses are in float32 always")
     g.add_argument("--compile", action="store_true", help="torch.compile")
+    g.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help="auto: Triton's (kernels/) on CUDA, else PyTorch")
     g.add_argument("--workers", type=int, help="loader processes a rank (default: 4 with CUDA, 0 without)")
     g = p.add_argument_group("validation and reports")
     g.add_argument("--overlap", type=float, help="of the sliding windows (published: 0.75; quick and nano 0.5)")
@@ -551,6 +553,9 @@ def build_model(args, state, classes, where):
         fit(model, state["model"], Path(args.out) / "ckpt.pt")
     if args.freeze:
         encoder.requires_grad_(False)
+    kernels, why = choose(args.kernels, where.device)
+    encoder.use(kernels)
+    where.say(f"--kernels {args.kernels}: {kernels} ({why})")
     return model.to(where.device)
 
 

@@ -5,7 +5,8 @@
     loss, pred = m(volume, prefix)                     # volume [B, X, Y, Z] in [0, 1], prefix [B] integers
     last, hidden = m.encode(volume)                    # last [B, G, C], hidden: a list of [B, G, C]
 
-Sections: configuration · patches and positions · attention · the transformer · classifier · segmentation · weights
+Sections: configuration · patches and positions · attention · the transformer · classifier · segmentation ·
+frozen features · visual tokenizer · weights
 
 B batch, X Y Z voxels, P patch edge, G patches of a volume, N tokens, C width, H heads, D width of a head, L layers,
 S sub-images of a sequence, laid side by side along z.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import BadInput, load_checkpoint
+from common import BadInput, auc, load_checkpoint
 
 # ---------------------------------------------------------------- configuration
 
@@ -34,12 +35,24 @@ class Config:
     patch: int = 16
     images: int = 4         # S; matters to the order "image" alone
     order: str = "raster"   # raster: x-major over the joined volume, z fastest; image: one sub-image after the other
+    target: str = "pixel"   # pixel: standardised patches; vq: the numbers of their codes; both
+    codes: int = 0          # K, of the tokenizer, where codes are predicted
+    groups: int = 1         # g codes a patch
 
     def __post_init__(self):
         if self.width % self.heads or self.width < 6:
             raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}, and 6 or more")
         if self.order not in ("raster", "image"):
             raise BadInput(f"order {self.order!r}: raster or image")
+        if self.target not in ("pixel", "vq", "both"):
+            raise BadInput(f"target {self.target!r}: pixel, vq or both")
+        if self.target != "pixel" and self.codes < 2:
+            raise BadInput(f"target {self.target!r} needs the number of codes, not {self.codes}")
+
+    @property
+    def outputs(self):
+        """Of the head: P³ voxels, g·K scores of codes, or both, in this order."""
+        return (self.target != "vq") * self.patch ** 3 + (self.target != "pixel") * self.groups * self.codes
 
 
 SIZES = {  # --size: ViT-S, ViT-B (published) and ViT-L, and one that a laptop trains in minutes
@@ -104,10 +117,17 @@ def positions(grid, width, device="cpu"):
 def to_unit(volume, window):
     """Integers [B, X, Y, Z] and their window [B, S, 2] (low, high; one a sub-image along z) -> float32 in [0, 1], clipped."""
     B, X, Y, Z = volume.shape
-    low, high = window.float().unbind(-1)                                              # [B, S]
-    scale = 1 / (high - low).clamp(min=1e-6)
+    low, scale = unit_map(window)
     v = volume.reshape(B, X, Y, window.shape[1], -1).float()                           # [B, X, Y, S, Z/S]
     return ((v - low[:, None, None, :, None]) * scale[:, None, None, :, None]).clamp_(0, 1).view(B, X, Y, Z)
+
+
+def unit_map(window):
+    """Windows [B, S, 2] -> low and scale [B, S] float32: voxels become clamp((v − low) · scale, 0, 1). None -> None, None."""
+    if window is None:
+        return None, None
+    low, high = window.float().unbind(-1)
+    return low, 1 / (high - low).clamp(min=1e-6)
 
 
 def standardise(patches):
@@ -153,7 +173,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads = heads
+        self.heads, self.attend = heads, prefix_attention
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
@@ -164,7 +184,8 @@ class Block(nn.Module):
     def forward(self, x, prefix=None):
         B, N, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, C // self.heads)
-        x = x + self.proj(prefix_attention(qkv, prefix).reshape(B, N, C))
+        attend = prefix_attention if prefix is None else self.attend
+        x = x + self.proj(attend(qkv, prefix).reshape(B, N, C))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
@@ -178,8 +199,20 @@ class Model(nn.Module):
         self.embed = nn.Linear(c.patch ** 3, c.width)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
-        self.head = nn.Linear(c.width, c.patch ** 3)
+        self.head = nn.Linear(c.width, c.outputs)
+        self.fused = None
         self.initialise()
+
+    def use(self, kernels):
+        """torch, or triton: tokens, masked attention and the loss of voxels by the kernels of `kernels/`. The model itself."""
+        self.fused, attend = None, prefix_attention
+        if kernels == "triton":
+            from kernels import patch_embed
+            from kernels.prefix_attention import prefix_attention as attend
+            self.fused = patch_embed
+        for block in self.blocks:
+            block.attend = attend
+        return self
 
     @torch.no_grad()
     def initialise(self):
@@ -204,6 +237,13 @@ class Model(nn.Module):
         begin = self.begin.to(x.dtype).expand(len(x), 1, -1)
         return torch.cat([begin, x], 1)
 
+    def fused_tokens(self, volume, window, grid, order, count):
+        """The same from the volume as it is, whose patches are never written down: [B, 1 + count, C]."""
+        low, scale = unit_map(window)
+        table = positions(grid, self.config.width, volume.device)
+        return self.fused.patch_embed(volume, low, scale, self.embed.weight, self.embed.bias, table if order is None else table[order],
+                                      order, count, self.begin)
+
     def sequence(self, volume, window=None):
         """Volume [B, X, Y, Z] (with `window` [B, S, 2]: integers) -> patches in order [B, G, P³], grid, order."""
         if window is not None:
@@ -213,33 +253,57 @@ class Model(nn.Module):
         patches = patchify(volume, self.config.patch)
         return patches if order is None else patches[:, order], grid, order
 
-    def forward(self, volume, prefix, window=None, per_patch=False):
+    def forward(self, volume, prefix, window=None, per_patch=False, codes=None):
         """Predict each patch from those before it, and from the begin token and the first `prefix` patches for all.
 
         volume [B, X, Y, Z] float in [0, 1], or integers with window [B, S, 2]; prefix [B] integers in 0 … G−1.
         Returns the mean squared error over the patches prefix … G−1 of the batch and pred [B, G, P³], standardised
         patches in the order of the sequence; with per_patch, [B, G] errors (0 before the prefix) instead of their mean.
         The last patch predicts nothing, so G tokens (begin and G−1 patches) are all that is computed.
+        Target vq needs `codes` [B, G, g] (Tokenizer.encode) and returns cross-entropy, in nats a code, and scores
+        [B, G, g, K]; target both the two losses [2] (pixels, codes; [2, B, G] with per_patch) and the pair of predictions.
         """
-        patches, grid, order = self.sequence(volume, window)
-        x = self.tokens(patches[:, :-1], grid, order)                                  # [B, G, C]
+        c = self.config
+        if c.target != "pixel" and codes is None:
+            raise ValueError(f"a model of target {c.target!r} needs codes=: those of Tokenizer.encode for the same volume")
+        if self.fused:
+            grid = grid_of(volume.shape[1:], c.patch)
+            order = token_order(grid, c.images, c.order, volume.device)
+            x = self.fused_tokens(volume, window, grid, order, grid[0] * grid[1] * grid[2] - 1)
+        else:
+            patches, grid, order = self.sequence(volume, window)
+            x = self.tokens(patches[:, :-1], grid, order)                              # [B, G, C]
         for block in self.blocks:
             x = block(x, prefix + 1)                                                   # the begin token is visible too
-        pred = self.head(self.norm(x))                                                 # [B, G, P³]
-        target, _, _ = standardise(patches)
-        errors = (pred.float() - target).square().mean(-1)                             # [B, G]
-        counted = torch.arange(errors.shape[1], device=errors.device) >= prefix[:, None]
-        errors = errors * counted
-        return (errors if per_patch else errors.sum() / counted.sum()), pred
+        out = self.head(self.norm(x))                                                  # [B, G, P³], [B, G, g·K] or both side by side
+        errors, preds = [], []
+        if c.target != "vq":
+            pixels = out[..., :c.patch ** 3]
+            if self.fused:
+                errors.append(self.fused.patch_loss(pixels, volume, *unit_map(window), order, prefix))
+            else:
+                errors.append((pixels.float() - standardise(patches)[0]).square().mean(-1))  # [B, G]
+            preds.append(pixels)
+        if c.target != "pixel":
+            codes = codes if order is None else codes[:, order]
+            scores = out[..., -c.groups * c.codes:].unflatten(-1, (c.groups, c.codes))  # [B, G, g, K]
+            errors.append(F.cross_entropy(scores.flatten(0, 2).float(), codes.flatten(), reduction="none").view_as(codes).mean(-1))
+            preds.append(scores)
+        both = c.target == "both"
+        counted = torch.arange(out.shape[1], device=out.device) >= prefix[:, None]
+        errors = (torch.stack(errors) if both else errors[0]) * counted                # [B, G], or [2, B, G]
+        return (errors if per_patch else errors.sum((-2, -1)) / counted.sum()), tuple(preds) if both else preds[0]
 
     def encode(self, volume, window=None):
         """Features with everything visible: last [B, G, C], and hidden, a list of L of them: blocks 0 … L−2, then last.
 
         Patches come in the order of `patchify` whatever order the model was pre-trained in; the begin token is dropped.
         """
-        if window is not None:
-            volume = to_unit(volume, window)
-        x = self.tokens(patchify(volume, self.config.patch), grid_of(volume.shape[1:], self.config.patch))
+        grid = grid_of(volume.shape[1:], self.config.patch)
+        if self.fused:
+            x = self.fused_tokens(volume, window, grid, None, None)
+        else:
+            x = self.tokens(patchify(volume if window is None else to_unit(volume, window), self.config.patch), grid)
         hidden = []
         for block in self.blocks:
             x = block(x)
@@ -257,9 +321,9 @@ class Model(nn.Module):
             G *= n
         p = torch.arange(1, G + 1, dtype=torch.float64) if prefix is None else torch.tensor([prefix + 1.0])
         pairs = (G * (G + 1) / 2 + p * (p - 1) / 2).mean().item()
-        patch = 2 * c.patch ** 3 * c.width * G
+        embed, head = 2 * c.patch ** 3 * c.width * G, 2 * c.outputs * c.width * G
         blocks = c.layers * (24 * c.width ** 2 * G + 4 * c.width * pairs)
-        return 2 * patch + 3 * patch + 3 * blocks  # the embedding has no gradient to its input
+        return 2 * embed + 3 * head + 3 * blocks  # the embedding has no gradient to its input
 
 
 # ---------------------------------------------------------------- classifier
@@ -455,6 +519,394 @@ def overlap_counts(found, truth, classes):
     found, truth = found.reshape(-1).long(), truth.reshape(-1).long()
     both = torch.bincount(found[found == truth], minlength=classes)
     return torch.stack([both, torch.bincount(found, minlength=classes), torch.bincount(truth, minlength=classes)], 1)
+
+
+# ---------------------------------------------------------------- frozen features
+# Nothing here draws a random number: probing in the middle of a training run leaves the run as it was.
+
+
+def patch_labels(labels, patch, cover=0.125):
+    """Labels [X, Y, Z] -> the class of each patch [G], in the order of `patchify`, and whether it holds any labelled voxel.
+
+    The organ with the most voxels in the patch (of equals the lower number) if it fills the share `cover` of the patch, else
+    background, 0. Organs are small beside a patch: a majority (cover 0.5) leaves 8 of the phantom's 15 without a token.
+    """
+    v = patchify(labels[None].long(), patch)[0]                                        # [G, P³]
+    K = int(v.max()) + 2                                                               # one organ at least, be it empty
+    counts = torch.bincount((v + K * torch.arange(len(v))[:, None]).reshape(-1), minlength=K * len(v)).view(-1, K)
+    most, organ = counts[:, 1:].max(1)
+    return (organ + 1) * (most >= max(1, cover * patch ** 3)), counts[:, 1:].sum(1) > 0
+
+
+def whole_patches(volume, patch):
+    """The middle of [X, Y, Z], cut to a multiple of the patch along every axis: a view. BadInput where none fits."""
+    cut = [n % patch // 2 for n in volume.shape]
+    grid_of([n // patch * patch for n in volume.shape], patch)
+    return volume[tuple(slice(c, c + n // patch * patch) for c, n in zip(cut, volume.shape))]
+
+
+@torch.no_grad()
+def token_grid(encode, volume, patch, roi, batch=8):
+    """A feature for each patch of a scan [X, Y, Z] (a multiple of the patch): float32 [x, y, z, F] on the device of `encode`.
+
+    encode: [B, *box] on the host -> [B, g, F], patches in the order of `patchify`. Boxes tile the scan, at most `roi` voxels
+    along each axis; where the last one has to overlap the one before, its tokens count.
+    """
+    grid, out = grid_of(volume.shape, patch), None
+    box = [min(g, max(1, r // patch)) for g, r in zip(grid, roi)]
+    corners = [(x, y, z) for x in window_starts(grid[0], box[0], 0) for y in window_starts(grid[1], box[1], 0)
+               for z in window_starts(grid[2], box[2], 0)]
+    for i in range(0, len(corners), batch):
+        boxes = [tuple(slice(a, a + b) for a, b in zip(c, box)) for c in corners[i:i + batch]]
+        x = torch.stack([volume[tuple(slice(s.start * patch, s.stop * patch) for s in b)] for b in boxes]).float()
+        tokens = encode(x).float()                                                     # [B, g, F]
+        out = tokens.new_empty(*grid, tokens.shape[-1]) if out is None else out
+        for b, t in zip(boxes, tokens):
+            out[b] = t.view(*box, -1)
+    return out
+
+
+def dense_tokens(encode, cases, patch, roi, cover=0.125):
+    """Tokens of labelled scans, cases a list of (volume, labels) [X, Y, Z]: features [N, F], classes [N], the case of each [N].
+
+    Patches without a labelled voxel are class 0 and by far the most: evenly spaced ones are kept, as many as there are others.
+    """
+    x, y, who = [], [], []
+    for n, (volume, labels) in enumerate(cases):
+        tokens = token_grid(encode, whole_patches(volume, patch), patch, roi).flatten(0, 2)  # [G, F]
+        label, touched = patch_labels(whole_patches(labels, patch), patch, cover)
+        rest = (~touched).nonzero()[:, 0]
+        few = min(len(rest), int(touched.sum()))
+        kept = torch.cat([touched.nonzero()[:, 0], rest[torch.arange(few) * len(rest) // max(1, few)]])
+        x.append(tokens[kept.to(tokens.device)])
+        y.append(label[kept])
+        who.append(torch.full_like(kept, n))
+    return torch.cat(x), torch.cat(y).to(x[0].device), torch.cat(who).to(x[0].device)
+
+
+def knn(x, y, K, query, k=20, temperature=0.07):
+    """Vote of the k nearest by cosine, each with weight exp(cosine / 0.07), as in DINO (Caron et al. 2021).
+
+    x [N, F] with classes y [N], query [M, F] -> shares of the vote [M, K].
+    """
+    x, shares = F.normalize(x), []
+    for q in F.normalize(query).split(1024):
+        near, at = (q @ x.T).topk(min(k, len(x)))                                      # [m, k]
+        vote = torch.zeros(len(q), K, device=x.device).scatter_add_(1, y[at], ((near - 1) / temperature).exp())
+        shares.append(vote / vote.sum(1, keepdim=True))
+    return torch.cat(shares)
+
+
+@torch.enable_grad()
+def logistic(x, y, K, l2, start=None):
+    """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2/2 · |W|², the bias free; weights [K, F + 1]."""
+    w = (torch.zeros(K, x.shape[1] + 1, device=x.device) if start is None else start.clone()).requires_grad_()
+    optimiser = torch.optim.LBFGS([w], max_iter=100, history_size=10, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = F.cross_entropy(scores_of(w, x), y) + l2 / 2 * w[:, :-1].square().sum()
+        loss.backward()
+        return loss
+    optimiser.step(closure)
+    return w.detach()
+
+
+def scores_of(w, x):
+    return x @ w[:, :-1].T + w[:, -1]
+
+
+def linear_probe(x, y, K, query, held, strengths=(1.0, 0.1, 0.01, 0.001, 0.0001)):
+    """Logistic regression on x [N, F], y [N] -> probabilities of query [M, K], and the l2 of `strengths` that was chosen.
+
+    Chosen by the cross-entropy of the rows that held [N] marks, when fitted to the others; then fitted to all of them.
+    """
+    losses, w = [], None
+    for l2 in strengths:                                                               # from strong to weak, each from the last
+        w = logistic(x[~held], y[~held], K, l2, w)
+        losses.append(F.cross_entropy(scores_of(w, x[held]), y[held]).item())
+    l2 = strengths[min(range(len(losses)), key=losses.__getitem__)]
+    return scores_of(logistic(x, y, K, l2), query).softmax(1), l2
+
+
+def probe_scores(x, y, held, query, truth, K, k=20):
+    """kNN and linear probe on frozen features x [N, F], y [N]: what each scores on query [M, F], truth [M] (see `class_scores`).
+
+    Features are standardised by x for both (departs: DINO's kNN takes them as they are), so that raw voxels, whose cosines
+    are all near 1, have a chance.
+    """
+    mean, sd = x.mean(0), x.std(0)
+    sd = torch.where(sd > 1e-5 * (1 + mean.abs()), sd, torch.inf)                      # a feature that is constant tells nothing
+    x, query = (x - mean) / sd, (query - mean) / sd
+    linear, l2 = linear_probe(x, y, K, query, held)
+    return dict(knn=class_scores(truth, knn(x, y, K, query, k)), linear={**class_scores(truth, linear), "l2": l2})
+
+
+def class_scores(truth, probs):
+    """Scores of probs [M, K] for truth [M]: accuracy; recall, F1 and AUC, each the mean over the classes that truth holds.
+
+    Also each class's own: recall, F1 and how often it occurs (None where truth has none of it).
+    """
+    K = probs.shape[1]
+    truth, probs = truth.cpu(), probs.cpu()
+    confusion = torch.bincount(truth * K + probs.argmax(1), minlength=K * K).view(K, K).double()
+    hit, have, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    recall, f1 = hit / have, 2 * hit / (have + said)
+    areas = [auc(truth == c, probs[:, c].numpy()) for c in range(K) if have[c]]
+    areas = [a for a in areas if a is not None]
+    there = have > 0
+    each = lambda v: [a if h else None for a, h in zip(v.tolist(), there.tolist())]  # noqa: E731
+    return dict(accuracy=(hit.sum() / have.sum()).item(), balanced_accuracy=recall[there].mean().item(), f1=f1[there].mean().item(),
+                auc=sum(areas) / len(areas) if areas else None, recall_each=each(recall), f1_each=each(f1),
+                count_each=have.long().tolist())
+
+
+def dense_probe(encode, train, val, K, patch, roi, cover=0.125, k=20):
+    """How well frozen patch tokens tell organs apart: {knn: scores, linear: scores, tokens: [train, val]} (see `class_scores`).
+
+    encode: [B, *box] float on the host -> tokens [B, g, F]. train, val: lists of (volume in [0, 1], labels 0 … K − 1), tensors
+    [X, Y, Z]; two training cases at least, since the linear probe's l2 is chosen on a quarter of them.
+    """
+    if len(train) < 2 or not val:
+        raise BadInput(f"{len(train)} labelled cases to fit a probe and {len(val)} to score it; 2 and 1 are needed")
+    x, y, who = dense_tokens(encode, train, patch, roi, cover)
+    query, truth, _ = dense_tokens(encode, val, patch, roi, cover)
+    for name, labels in (("fit", y), ("score", truth)):
+        if not len(labels) or not labels.any():
+            raise BadInput(f"no token of the cases to {name} a probe is of an organ: patches of {patch}³ voxels are too large for this spacing")
+    held = who % min(4, len(train)) == 0                                               # every fourth case
+    return {**probe_scores(x, y, held, query, truth, K, k), "tokens": [len(x), len(query)]}
+
+
+# ---------------------------------------------------------------- visual tokenizer
+
+TOKENIZER = "ar3d-vq-1"  # the `format` of the checkpoints of tokenize_vq.py
+
+
+@dataclass
+class TokenizerConfig:
+    """K codes in each of g groups; the other numbers are ours: the paper publishes no tokenizer."""
+    patch: int = 16
+    codes: int = 8192       # K
+    groups: int = 1         # g: product quantisation, g codes a patch
+    dim: int = 32           # D, of a code; a point on the unit sphere
+    hidden: int = 512       # width of the encoder's MLP
+    width: int = 256        # of the decoder
+    layers: int = 2         # of the decoder; each sees one patch further
+
+    def __post_init__(self):
+        if not 2 <= self.codes <= 65536 or min(self.groups, self.layers) < 1 or self.dim < 2:
+            raise BadInput(f"{self.codes} codes in {self.groups} groups of {self.dim} dimensions, {self.layers} layers: 2 to 65,536 "
+                           "codes (they are stored as uint16), 1 group or more, 2 dimensions or more, 1 layer or more")
+
+
+class Quantiser(nn.Module):
+    """g codebooks of K unit vectors, nearest by cosine (ViT-VQGAN), moved by averages and not by gradients (van den Oord 2017).
+
+    Buffers: codes [g, K, D]; uses [g, K], the moving average of a code's share of the patches times K (1: the mean share);
+    sums [g, K, D], that of the vectors it stood for, on the same scale.
+    """
+
+    def __init__(self, codes, groups, dim):
+        super().__init__()
+        self.register_buffer("codes", F.normalize(torch.randn(groups, codes, dim), dim=-1))
+        self.register_buffer("uses", torch.ones(groups, codes))
+        self.register_buffer("sums", self.codes.clone())
+
+    def nearest(self, z, chunk=16384):
+        """Unit vectors [n, g, D] -> the numbers of their codes [n, g]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([torch.einsum("ngd,gkd->gnk", part, self.codes).argmax(-1).T for part in z.split(chunk)])
+
+    def look_up(self, index):
+        """[..., g] -> [..., g, D]"""
+        return self.codes[torch.arange(len(self.codes), device=index.device), index]
+
+    def forward(self, z):
+        """[n, g, D] -> codes whose gradient goes straight through to z (Bengio 2013), their numbers [n, g], the commitment loss."""
+        with torch.no_grad():
+            index = self.nearest(z)
+            code = self.look_up(index)
+        return z + (code - z).detach(), index, (z - code).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def totals(self, z, index):
+        """How often each code was chosen [g, K], and the sum of the vectors it was chosen for [g, K, D]."""
+        g, K, D = self.codes.shape
+        flat = (index + K * torch.arange(g, device=index.device)).reshape(-1)          # [n·g]
+        n = torch.zeros(g * K, device=z.device).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+        return n.view(g, K), torch.zeros(g * K, D, device=z.device).index_add_(0, flat, z.reshape(-1, D).float()).view(g, K, D)
+
+    @torch.no_grad()
+    def candidates(self, z, index, count, generator):
+        """`count` of the vectors [count, g, D], drawn without repetition by the root of their distance to their codes.
+
+        What the codes hold already, such as bit-identical background, is drawn next to never. One generator, one answer.
+        """
+        weight = (1 - (z * self.look_up(index)).sum(-1) - 1e-5).clamp(min=1e-12).sqrt()  # [n, g]
+        keys = torch.empty_like(weight).exponential_(generator=generator).reciprocal_().mul_(weight)
+        pick = keys.topk(min(count, len(z)), 0).indices                                # [count, g]
+        return z.float().gather(0, pick[..., None].expand(-1, -1, z.shape[-1]))
+
+    @torch.no_grad()
+    def update(self, n, sums, fresh, decay=0.9, least=0.1):
+        """One step of the averages from what all ranks chose, n [g, K] and sums [g, K, D]; fresh [m, g, D] for dead codes.
+
+        A code whose average use falls below `least` of the mean starts anew at one of `fresh`, at most m of them a step.
+        No value leaves the device, and ranks that are given the same numbers hold the same codes.
+        """
+        scale = n.shape[1] / n.sum(1, keepdim=True)                                    # [g, 1]
+        self.uses.lerp_(n * scale, 1 - decay)
+        self.sums.lerp_(sums * scale[..., None], 1 - decay)
+        dead = self.uses < least
+        turn = dead.long().cumsum(1) - 1                                               # which of `fresh` a dead code takes
+        dead &= turn < len(fresh)
+        new = fresh.transpose(0, 1).gather(1, turn.clamp(0, len(fresh) - 1)[..., None].expand_as(self.sums))
+        self.sums.copy_(torch.where(dead[..., None], new, self.sums))
+        self.uses.masked_fill_(dead, 1.0)
+        self.codes.copy_(F.normalize(self.sums, dim=-1))
+
+    @torch.no_grad()
+    def start(self, z, generator, rounds=16):
+        """k-means on the unit vectors [n, g, D] of a sample: the codes, and the averages as if this had been the last step."""
+        pick = torch.randperm(len(z), generator=generator, device=z.device)[:self.codes.shape[1]]
+        if len(pick) < self.codes.shape[1]:
+            raise BadInput(f"{len(z):,} patches cannot start {self.codes.shape[1]:,} codes: lower --codes, or raise --start-patches")
+        self.sums.copy_(z[pick].transpose(0, 1))
+        self.codes.copy_(self.sums)
+        for i in range(rounds):
+            index = self.nearest(z)
+            fresh = self.candidates(z, index, self.codes.shape[1], generator)
+            self.update(*self.totals(z, index), fresh if i < rounds - 2 else fresh[:1], decay=0.0)
+
+
+class Mix(nn.Module):
+    """A depth-wise 3³ convolution over the grid of patches and an MLP of width 4C (Liu et al. 2022): [B, C, x, y, z] -> same."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.spread = nn.Conv3d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        y = self.norm(self.spread(x).movedim(1, -1))
+        return x + self.fc2(F.gelu(self.fc1(y))).movedim(-1, 1)
+
+
+class Tokenizer(nn.Module):
+    """Patches -> codes, each by itself; codes -> voxels, each patch with its neighbours, so that edges between them vanish."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        n, out = c.patch ** 3, c.groups * c.dim
+        self.linear = nn.Linear(n, out)                     # starts as the principal components (`start`)
+        self.fc1, self.fc2 = nn.Linear(n, c.hidden), nn.Linear(c.hidden, out)
+        self.quantiser = Quantiser(c.codes, c.groups, c.dim)
+        self.register_buffer("mean", torch.zeros(out))      # of the codes' coordinates, and one over their deviation
+        self.register_buffer("scale", torch.ones(out))
+        self.enter = nn.Linear(out, c.width)
+        self.blocks = nn.ModuleList(Mix(c.width) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width)
+        self.leave = nn.Linear(c.width, n)
+        self.direct = nn.Linear(out, n)                     # starts as the least-squares map from codes to voxels
+        for m in (self.fc2, self.leave):
+            nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)
+
+    @staticmethod
+    def even(patches):
+        """Contrast compressed by its square root, 0.02 of the window taken for noise: faint textures get codes of their own."""
+        mean = patches.mean(-1, keepdim=True)
+        gain = (25 * (patches.var(-1, unbiased=False, keepdim=True) + 4e-4)) ** -0.25
+        return mean + (patches - mean) * gain
+
+    def latents(self, patches):
+        """[B, G, P³] in [0, 1] -> unit vectors [B·G, g, D], in float32 always: a code must not depend on who asks."""
+        with torch.autocast(patches.device.type, enabled=False):
+            x = self.even(patches)
+            z = self.linear(x) + self.fc2(F.gelu(self.fc1(x)))
+            return F.normalize(z.view(-1, self.config.groups, self.config.dim), dim=-1)
+
+    def reconstruct(self, code, grid):
+        """Codes as vectors [B·G, g, D] -> patches [B, G, P³], not clipped."""
+        x, y, z = grid
+        code = code.reshape(-1, x * y * z, self.mean.numel())                          # [B, G, g·D]
+        v = self.enter((code - self.mean) * self.scale).mT.reshape(len(code), -1, x, y, z)
+        for block in self.blocks:
+            v = block(v)
+        return self.direct(code) + self.leave(self.norm(v.flatten(2).mT))
+
+    def forward(self, volume, window=None):
+        """Mean squared error, commitment loss, patches [B, G, P³], vectors [B·G, g, D] and their codes' numbers [B·G, g]."""
+        volume = volume if window is None else to_unit(volume, window)
+        patches = patchify(volume, self.config.patch)
+        z = self.latents(patches)
+        code, index, commitment = self.quantiser(z)
+        out = self.reconstruct(code, grid_of(volume.shape[1:], self.config.patch)).float()
+        return (out - patches).square().mean(), commitment, out, z.detach(), index
+
+    @torch.no_grad()
+    def encode(self, volume, window=None):
+        """Volume [B, X, Y, Z] (with `window` [B, S, 2]: integers) -> codes [B, G, g], patches numbered as `patchify` does."""
+        volume = volume if window is None else to_unit(volume, window)
+        patches = patchify(volume, self.config.patch)
+        return self.quantiser.nearest(self.latents(patches)).view(*patches.shape[:2], -1)
+
+    @torch.no_grad()
+    def decode(self, codes, grid):
+        """Codes [B, G, g] on a grid of (x, y, z) patches -> volume [B, X, Y, Z] in [0, 1]."""
+        return unpatchify(self.reconstruct(self.quantiser.look_up(codes), grid).float(), grid).clamp(0, 1)
+
+    @torch.no_grad()
+    def start(self, patches, generator):
+        """Begin from data [n, P³]: the encoder as principal components, the codes as k-means, the decoder by least squares.
+
+        Component i goes to group i mod g. Each group has one more coordinate, the same for all, that turns distances into
+        angles: vectors of a mean square length 0.2 on the plane that touches the sphere.
+        """
+        c = self.config
+        x = self.even(patches)
+        mean = x.mean(0)
+        values, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))           # rising
+        want = c.groups * (c.dim - 1)
+        if want > len(values):
+            raise BadInput(f"{c.groups} groups of {c.dim} dimensions: a patch of {c.patch}³ has no {want} components")
+        axes = axes[:, -want:].flip(1) * (0.2 * c.groups / values[-want:].sum()).sqrt()  # [P³, want], scaled
+        axes = axes.T.reshape(c.dim - 1, c.groups, -1).transpose(0, 1)                 # [g, D − 1, P³]
+        self.linear.weight.copy_(F.pad(axes, (0, 0, 0, 1)).reshape(-1, axes.shape[-1]))
+        self.linear.bias.copy_(F.pad(-(axes @ mean), (0, 1), value=1.0).reshape(-1))
+        z = self.latents(patches)
+        self.quantiser.start(z, generator)
+        code = self.quantiser.look_up(self.quantiser.nearest(z)).flatten(1)            # [n, g·D]
+        self.mean.copy_(code.mean(0))
+        self.scale.copy_(1 / code.std(0).mean().clamp(min=1e-6).expand_as(self.scale))
+        a = F.pad(code, (0, 1), value=1.0).double()
+        gram = a.T @ a / len(a) + 1e-6 * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        found = torch.linalg.solve(gram, a.T @ patches.double() / len(a))                # [g·D + 1, P³]
+        self.direct.weight.copy_(found[:-1].T), self.direct.bias.copy_(found[-1])
+
+
+def tokenizer_state(tokenizer):
+    """What `load_tokenizer` needs: format, config, model."""
+    return dict(format=TOKENIZER, config=asdict(tokenizer.config), model=tokenizer.state_dict())
+
+
+def load_tokenizer(source, patch=None):
+    """The Tokenizer in a checkpoint of tokenize_vq.py (a path, or the loaded dict), on the CPU, its weights frozen.
+
+    patch: BadInput if the tokenizer's is another.
+    """
+    state = source if isinstance(source, dict) else load_checkpoint(source, TOKENIZER)
+    name = "the tokenizer in the checkpoint" if isinstance(source, dict) else source
+    config = TokenizerConfig(**state["config"])
+    if patch not in (None, config.patch):
+        raise BadInput(f"{name}: its codes are of patches of {config.patch}³ voxels and the model's are of {patch}³; "
+                       f"make one with tokenize_vq.py --patch {patch}, or choose another --size")
+    tokenizer = Tokenizer(config)
+    fit(tokenizer, state["model"], name)
+    return tokenizer.requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------- weights

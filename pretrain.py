@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 pretrain.py            # eight GPUs, the same run: the global batch stays 288
     python pretrain.py --resume                        # goes on where out/pretrain/ckpt.pt left off, exactly
     python pretrain.py --size base --bench             # one step timed: TFLOP/s, share of the machine's rate, memory
+    python pretrain.py --target vq                     # predicts codes of tokenize_vq.py (out/vq/ckpt.pt) instead of voxels
 
 Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (lowest validation loss), metrics.json, curves.png,
 samples.png. Every random choice is a function of (seed, step, sample), so any number of workers or GPUs trains one model.
@@ -15,7 +16,7 @@ B batch, S sub-images, G patches of a sequence, P³ voxels of a patch.
 """
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from tqdm import tqdm
 from common import (BadInput, Log, StopRequest, cli, cosine_lr, keep_earlier_run, leave, load_checkpoint, matmul_rate,
                     peak_memory, place, random_states, read_log, resumed_args, save_checkpoint, set_random_states,
                     write_beside, write_json)
-from model import (FORMAT, SIZES, Config, Model, checkpoint_state, fit, grid_of, load_pretrained, standardise, to_unit,
-                   unpatchify)
-from serialize import KINDS, PUBLISHED, Sequences, ensure_phantom, parse_mix
+from kernels import choose
+from model import (FORMAT, SIZES, Config, Model, Tokenizer, TokenizerConfig, checkpoint_state, dense_probe, fit, grid_of,
+                   load_pretrained, load_tokenizer, standardise, tokenizer_state, unpatchify)
+from serialize import KINDS, PUBLISHED, Sequences, ensure_phantom, labelled_cases, parse_mix
 
 # ---------------------------------------------------------------- arguments
 
@@ -38,7 +40,7 @@ RECIPES = {  # what a flag that was not given stands for; published: AAAI 2025, 
     "nano": dict(volume=64, batch=8, lr=3e-3, wd=0.05, beta2=0.95, warmup=30, clip=1.0, stride=4, mix="equal", steps=360,
                  val_samples=16, val_every=60, save_every=60),
 }
-FREE = {"resume", "data", "out", "device", "workers", "micro", "compile", "log_every", "val_every", "save_every", "stop_after"}
+FREE = {"resume", "data", "out", "device", "workers", "micro", "compile", "kernels", "log_every", "val_every", "save_every", "stop_after"}
 
 
 def parser():
@@ -53,7 +55,12 @@ def parser():
     g.add_argument("--bench", action="store_true", help="time training steps on random voxels, write nothing")
     g = p.add_argument_group("model")
     g.add_argument("--size", choices=list(SIZES), help="published: base (the default with CUDA; nano without)")
-    g.add_argument("--target", choices=["pixel"], default="pixel", help="published: pixel, standardised patches (codes are not built yet)")
+    g.add_argument("--target", choices=["pixel", "vq", "both"], default="pixel", help="published: pixel, standardised patches; vq: the codes "
+                   "of a tokenizer; both")
+    g.add_argument("--tokenizer", metavar="FILE", help="checkpoint of tokenize_vq.py for vq and both (default out/vq/ckpt.pt); it is kept in "
+                   "this run's checkpoints")
+    g.add_argument("--code-weight", type=float, default=0.2, help="of the codes' loss in --target both, from 0 to 1; the rest is the pixels' "
+                   "(default %(default)s)")
     g.add_argument("--attention", choices=["prefix", "causal"], default="prefix", help="published: prefix, a random start-up; causal: none")
     g.add_argument("--order", choices=["raster", "image"], default="raster", help="of the patches (published: raster, over the joined volume)")
     g = p.add_argument_group("sequences")
@@ -75,13 +82,16 @@ def parser():
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the matrix products (published: bf16)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    g.add_argument("--kernels", choices=["auto", "torch"], default="auto", help="auto is torch: Triton kernels are not built yet")
+    g.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help="auto: Triton's (kernels/) on CUDA, else PyTorch")
     g.add_argument("--workers", type=int, help="loader processes a rank (default: 8 with CUDA, 0 without)")
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", type=int, default=10, help="steps (default %(default)s)")
     g.add_argument("--val-every", type=int, help="steps (default 500; nano 60)")
     g.add_argument("--val-samples", type=int, help="sequences of each kind to validate with (default 64; nano 16)")
     g.add_argument("--save-every", type=int, help="steps (default 500; nano 60)")
+    g.add_argument("--probe-every", type=int, default=0, metavar="N", help="steps: probe the frozen tokens against organs, F1 to log.jsonl (default 0, off)")
+    g.add_argument("--probe-task", default="phantom", help="labelled scans for it, a task of finetune_seg.py (default %(default)s)")
+    g.add_argument("--probe-data", metavar="DIR", help="their folder (default data/TASK; the phantom makes its own)")
     return p
 
 
@@ -97,11 +107,15 @@ def settle(args, where):
     cuda = where.device.type == "cuda"
     args.compile = cuda if args.compile is None else args.compile
     args.workers = (8 if cuda else 0) if args.workers is None else args.workers
-    at_least = dict(batch=1, images=1, val_samples=1, val_every=1, save_every=1, log_every=1, steps=1, stop_after=1,
+    at_least = dict(probe_every=0, batch=1, images=1, val_samples=1, val_every=1, save_every=1, log_every=1, steps=1, stop_after=1,
                     workers=0, warmup=0, wd=0, clip=0, lr=1e-12, epochs=1e-6, beta2=0)
     for name, least in at_least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= least:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
+    if not 0 <= args.code_weight <= 1:
+        raise BadInput(f"--code-weight {args.code_weight}: a share from 0 to 1")
+    if args.tokenizer and args.target == "pixel":
+        raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq and both predict codes")
     if args.beta2 >= 1:
         raise BadInput(f"--beta2 {args.beta2}: less than 1 is needed")
     if args.batch % where.world:
@@ -112,6 +126,25 @@ def settle(args, where):
         args.micro = max(m for m in range(1, min(share, most) + 1) if share % m == 0)
     if args.micro < 1 or share % args.micro:
         raise BadInput(f"--micro {args.micro} does not divide the {share} sequences of a step on each of {where.world} ranks")
+
+
+def find_tokenizer(args, patch, state, where):
+    """The tokenizer whose codes are predicted, or None for pixels: the one in the checkpoint, that of --tokenizer, or out/vq."""
+    if args.target == "pixel":
+        return None
+    if state:
+        return load_tokenizer(state["tokenizer"], patch).to(where.device)
+    if args.tokenizer is None and args.bench:
+        where.say("no --tokenizer: a random one, the time is the same")
+        size = dict(codes=8192) if patch == 16 else dict(codes=512, hidden=256, width=128)
+        return Tokenizer(TokenizerConfig(patch=patch, **size)).requires_grad_(False).to(where.device)
+    if args.tokenizer is None and Path("out/vq/ckpt.pt").exists():
+        args.tokenizer = "out/vq/ckpt.pt"
+        where.say("codes of out/vq/ckpt.pt (--tokenizer FILE for others)")
+    if args.tokenizer is None:
+        raise BadInput(f"--target {args.target} needs a tokenizer, and there is no out/vq/ckpt.pt: make it with "
+                       f"python tokenize_vq.py --patch {patch}{f' --data {args.data}' if args.data else ''}, or name one with --tokenizer")
+    return load_tokenizer(args.tokenizer, patch).to(where.device)
 
 
 # ---------------------------------------------------------------- data
@@ -214,7 +247,80 @@ def trivial_predictors(model, batches, G, where):
     return found
 
 
+@torch.no_grad()
+def evaluate_codes(model, tokenizer, batches, where):
+    """Scores of the predicted codes of each kind, over all ranks: {kind: {"nats", "top1", "top5"[, "pixels"]}}, means a code.
+
+    pixels, with --target both, is the mean squared error of the standardised voxels.
+    """
+    sums = torch.zeros(len(KINDS), 5, dtype=torch.float64, device=where.device)        # nats, top 1, top 5, error, targets
+    for batch in batches:
+        b = to_device(batch, where.device)
+        codes = tokenizer.encode(b["volume"], b["window"])                             # [B, G, g]
+        with where.autocast():
+            errors, pred = model(b["volume"], b["prefix"], b["window"], per_patch=True, codes=codes)
+        pixels, nats = errors if errors.ndim == 3 else (torch.zeros_like(errors), errors)
+        scores = pred[1] if isinstance(pred, tuple) else pred                          # [B, G, g, K]
+        order = model.sequence(b["volume"], b["window"])[2]
+        true = codes if order is None else codes[:, order]
+        hits = scores.topk(min(5, scores.shape[-1]), -1).indices == true[..., None]    # [B, G, g, 5]
+        counted = torch.arange(nats.shape[1], device=where.device) >= b["prefix"][:, None]
+        rows = [nats, hits[..., 0].float().mean(-1) * counted, hits.any(-1).float().mean(-1) * counted, pixels, counted]
+        sums.index_add_(0, b["kind"], torch.stack([r.double().sum(1) for r in rows], 1))
+    sums = where.sum(sums).cpu()
+    means = sums[:, :4] / sums[:, 4:].clamp(min=1)
+    names = ("nats", "top1", "top5", "pixels") if model.config.target == "both" else ("nats", "top1", "top5")
+    return {k: dict(zip(names, means[i].tolist())) for i, k in enumerate(KINDS) if sums[i, 4]}
+
+
+@torch.no_grad()
+def unigram_entropy(model, tokenizer, batches, where):
+    """Nats a code that the best predictor without context reaches on the very same targets: {kind: entropy}.
+
+    It knows how often each code occurs among these targets, which is more than it should: no unigram predictor does better.
+    """
+    c = tokenizer.config
+    counts = torch.zeros(len(KINDS), c.groups, c.codes, dtype=torch.float64, device=where.device)
+    for batch in batches:
+        b = to_device(batch, where.device)
+        codes = tokenizer.encode(b["volume"], b["window"])
+        order = model.sequence(b["volume"], b["window"])[2]
+        codes = codes if order is None else codes[:, order]
+        counted = torch.arange(codes.shape[1], device=where.device) >= b["prefix"][:, None]
+        at = (b["kind"][:, None, None] * c.groups + torch.arange(c.groups, device=where.device)) * c.codes + codes
+        counts.view(-1).index_add_(0, at[counted].flatten(), torch.ones(at[counted].numel(), dtype=torch.float64, device=where.device))
+    counts = where.sum(counts).cpu()
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    entropy = torch.special.entr(share).sum(-1).mean(-1)
+    return {k: entropy[i].item() for i, k in enumerate(KINDS) if counts[i].sum()}
+
+
 # ---------------------------------------------------------------- pictures
+
+
+def draw_code_curves(path, rows, entropy):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    val = [r for r in rows if "val_loss" in r]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for kind, colour in zip(KINDS, ("tab:blue", "tab:orange", "tab:green")):
+        points = [r for r in val if f"nats_{kind}" in r]
+        if points:
+            steps = [r["step"] for r in points]
+            left.plot(steps, [r[f"nats_{kind}"] for r in points], "o-", ms=3, color=colour, label=f"validation, {kind}")
+            left.axhline(entropy[kind], color=colour, ls=":", lw=1, label=f"unigram entropy, {kind}")
+            for name, style in (("top1", "-"), ("top5", "--")):
+                right.plot(steps, [r[f"{name}_{kind}"] for r in points], style, color=colour, label=f"{name}, {kind}")
+    left.set(xlabel="step", ylabel="nats a code", title="next-patch prediction: cross-entropy of the codes")
+    right.set(xlabel="step", ylabel="accuracy", title="the true code is the first, or one of five")
+    for ax in (left, right):
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
+    fig.tight_layout()
+    with write_beside(path) as tmp:
+        fig.savefig(tmp, dpi=110)
+    plt.close(fig)
 
 
 def draw_curves(path, rows, trivial):
@@ -241,28 +347,40 @@ def draw_curves(path, rows, trivial):
 
 
 @torch.no_grad()
-def draw_samples(path, model, data, where, args):
-    """For one sequence of each kind: truth, what the prefix shows, predicted patches with their own mean and scale."""
+def draw_samples(path, model, data, where, args, tokenizer=None):
+    """For one sequence of each kind: truth, what the prefix shows, predicted patches with their own mean and scale.
+
+    Where codes are predicted, the decoded codes of the truth and the predicted ones, instead or as well.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    names = ("truth: the middle slice of each sub-image", "what the prefix shows", "each next patch, predicted from the true ones before it")
-    fig, axes = plt.subplots(len(data.kinds), 3, figsize=(4.6 * args.images, 1.8 * len(data.kinds)), squeeze=False)
+    names = ["truth: the middle slice of each sub-image", "what the prefix shows"]
+    names += ["each next patch, predicted from the true ones before it"] * (args.target != "vq")
+    names += ["the truth's codes, decoded", "each next code, predicted from what precedes it"] * (tokenizer is not None)
+    fig, axes = plt.subplots(len(data.kinds), len(names), figsize=(4.6 / 3 * len(names) * args.images, 1.8 * len(data.kinds)), squeeze=False)
     middle = [s * data.depth + data.depth // 2 for s in range(args.images)]
     for row, kind in enumerate(data.kinds):
         b = to_device(torch.utils.data.default_collate([data[row]]), where.device)
         patches, grid, order = model.sequence(b["volume"], b["window"])
         G = patches.shape[1]
         prefix = torch.full((1,), G // 4, device=where.device)
+        codes = None if tokenizer is None else tokenizer.encode(b["volume"], b["window"])
         with where.autocast():
-            _, pred = model.forward(b["volume"], prefix, b["window"])  # not the compiled one: a single picture
+            _, pred = model.forward(b["volume"], prefix, b["window"], codes=codes)  # not the compiled one: a single picture
+        pixels, scores = pred if isinstance(pred, tuple) else (pred, pred)
         _, mean, scale = standardise(patches)
         shown = torch.arange(G, device=where.device)[:, None] < prefix
-        views = [patches, patches.where(shown, torch.nan), patches.where(shown, pred.float() * scale + mean)]
+        back = torch.arange(G, device=where.device) if order is None else torch.argsort(order)  # to the numbering of patchify
+        views = [patches, patches.where(shown, torch.nan)]
+        if args.target != "vq":
+            views.append(patches.where(shown, pixels.float() * scale + mean))
+        views = [unpatchify(view[:, back], grid) for view in views]
+        if tokenizer is not None:
+            guess = codes.where(shown[back], scores.argmax(-1)[:, back])
+            views += [tokenizer.decode(codes, grid), tokenizer.decode(guess, grid)]
         for i, (name, view) in enumerate(zip(names, views)):
-            if order is not None:  # back to the numbering of patchify
-                view = view[:, torch.argsort(order)]
-            volume = unpatchify(view, grid)[0].clamp(0, 1).cpu()
+            volume = view[0].clamp(0, 1).cpu()
             ax = axes[row, i]
             ax.imshow(torch.cat([volume[:, :, z] for z in middle]).T, cmap="gray", origin="lower", vmin=0, vmax=1)
             ax.set_facecolor("tab:blue")
@@ -276,7 +394,12 @@ def draw_samples(path, model, data, where, args):
 # ---------------------------------------------------------------- training step
 
 
-def train_step(net, batches, prefixes, G, optimiser, lr, args, where, logged=False):
+def weigh(loss, args):
+    """The loss that is minimised: as it is, or of the pair (pixels, codes) of --target both."""
+    return (1 - args.code_weight) * loss[0] + args.code_weight * loss[1] if args.target == "both" else loss
+
+
+def train_step(net, batches, prefixes, G, optimiser, lr, args, where, logged=False, tokenizer=None):
     """One optimiser step on this rank's micro-batches: its part of the batch's loss and, when logged, the gradient norm.
 
     # departs: the published code averages the means of the GPUs; here each target of the global batch weighs the same,
@@ -292,8 +415,10 @@ def train_step(net, batches, prefixes, G, optimiser, lr, args, where, logged=Fal
         prefix = torch.from_numpy(mine).to(where.device, non_blocking=True)
         if where.world > 1:
             net.require_backward_grad_sync = a == passes - 1
+        codes = None if tokenizer is None else tokenizer.encode(b["volume"], b["window"])
         with where.autocast():
-            loss, _ = net(b["volume"], prefix, b["window"])
+            loss, _ = net(b["volume"], prefix, b["window"], codes=codes)
+        loss = weigh(loss, args)
         (loss * (share * where.world)).backward()  # the ranks' gradients are averaged
         total += loss.detach() * share
     norm = None
@@ -315,7 +440,7 @@ def make_optimiser(model, args):
 # ---------------------------------------------------------------- bench
 
 
-def bench(model, net, G, args, where):
+def bench(model, net, G, args, where, tokenizer):
     """Steps of one forward pass a rank on random voxels: time, share of the machine's matrix rate, peak memory."""
     cuda = where.device.type == "cuda"
     args.batch = args.micro * where.world
@@ -331,7 +456,7 @@ def bench(model, net, G, args, where):
         prefixes = draw_prefixes(step, G, args)
         wait()
         start = time.perf_counter()
-        train_step(net, iter([batch]), prefixes, G, optimiser, args.lr, args, where)
+        train_step(net, iter([batch]), prefixes, G, optimiser, args.lr, args, where, tokenizer=tokenizer)
         wait()
         times.append(time.perf_counter() - start)
         mine = prefixes[where.rank * args.micro:][:args.micro]
@@ -347,6 +472,17 @@ def bench(model, net, G, args, where):
               f"{args.micro * G / seconds:,.0f} tokens/s\n"
               f"model FLOP         {achieved / 1e12:8.3f} TFLOP/s = {achieved / rate:.1%} of the matrix rate\n"
               f"peak memory        {peak_memory(where.device) / 2 ** 30:8.2f} GiB")
+    if tokenizer is not None:
+        times = []
+        for _ in range(10):
+            wait()
+            start = time.perf_counter()
+            tokenizer.encode(batch["volume"], batch["window"])
+            wait()
+            times.append(time.perf_counter() - start)
+        found, c = float(np.median(times[2:])), tokenizer.config
+        where.say(f"finding codes      {1e3 * found:8.1f} ms (median of {len(times) - 2}): {found / seconds:.1%} of the step; "
+                  f"{c.groups} x {c.codes} codes of {c.patch}³ voxels")
 
 
 # ---------------------------------------------------------------- main
@@ -368,6 +504,9 @@ def main():
     stop = StopRequest()
     settle(args, where)
     config = Config(**SIZES[args.size], images=args.images, order=args.order)
+    tokenizer = find_tokenizer(args, config.patch, state, where)
+    if tokenizer is not None:
+        config = replace(config, target=args.target, codes=tokenizer.config.codes, groups=tokenizer.config.groups)
     shape = [args.volume] * 3
     G = int(np.prod(grid_of(shape, config.patch)))
 
@@ -378,15 +517,19 @@ def main():
         if asdict(model.config) != asdict(config):
             have = {k: v for k, v in asdict(model.config).items() if v != asdict(config)[k]}
             want = {k: asdict(config)[k] for k in have}
-            if set(have) - {"order", "images"}:
+            if set(have) - {"order", "images", "target", "codes", "groups"}:
                 raise BadInput(f"--init {args.init}: its model has {have}, this run {want}; choose another --size")
             where.say(f"--init {args.init}: pre-trained with {have}, goes on with {want}")
             model.config = config
+            if set(have) & {"target", "codes", "groups"}:
+                model.head = Model(config).head  # another target: the head starts anew
     else:
         model = Model(config)
     if state:
         fit(model, state["model"], out / "ckpt.pt")
-    model.to(where.device)
+    kernels, why = choose(args.kernels, where.device)
+    model.to(where.device).use(kernels)
+    where.say(f"--kernels {args.kernels}: {kernels} ({why})")
     where.say(f"{args.size}: {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, {G} tokens, "
               f"{str(where.dtype)[6:]} on {where.world} x {where.device.type}; a step is {args.batch} sequences: "
               f"{where.world} ranks x {args.batch // where.world // args.micro} passes x {args.micro}")
@@ -397,7 +540,7 @@ def main():
         net = DistributedDataParallel(model, device_ids=[where.device.index] if where.device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)
     if args.bench:
-        return bench(model, net, G, args, where)
+        return bench(model, net, G, args, where, tokenizer)
 
     # data
     corpus = find_corpus(args, where)
@@ -411,7 +554,8 @@ def main():
     if args.steps is None:
         args.steps = max(1, round(args.epochs * sum(PUBLISHED[k] * probe.have[k] for k in probe.kinds) / args.batch))
     val_batches = validation_set(val, G, args, where)
-    trivial = trivial_predictors(model, val_batches, G, where)
+    trivial = trivial_predictors(model, val_batches, G, where) if args.target != "vq" else None
+    entropy = unigram_entropy(model, tokenizer, val_batches, where) if tokenizer is not None else None
 
     # resume, optimiser
     optimiser = make_optimiser(model, args)
@@ -437,29 +581,54 @@ def main():
         set_random_states(state["random"], where)
     flops = model.flops(shape, 0 if args.attention == "causal" else None) * args.batch / where.world
 
+    kept = {} if tokenizer is None else dict(tokenizer=tokenizer_state(tokenizer))  # a few per cent of the weights: no file to lose
+
     def save(step):
         states = random_states(where)
         if where.main:
-            save_checkpoint(out / "ckpt.pt", **checkpoint_state(model), optimiser=optimiser.state_dict(), step=step,
+            save_checkpoint(out / "ckpt.pt", **checkpoint_state(model), **kept, optimiser=optimiser.state_dict(), step=step,
                             samples=step * args.batch, best=best, random=states, args=vars(args))
 
     def validate(step):
         nonlocal best
-        losses = evaluate(model, val_batches, where)
+        if tokenizer is None:
+            losses = evaluate(model, val_batches, where)
+            notes = {f"copy_{k}": trivial[k][1] for k in losses} | {f"mean_{k}": trivial[k][0] for k in losses}
+        else:
+            scores = evaluate_codes(model, tokenizer, val_batches, where)
+            losses = {k: weigh((s.get("pixels"), s["nats"]), args) if args.target == "both" else s["nats"] for k, s in scores.items()}
+            notes = {f"{name}_{k}": v for k, s in scores.items() for name, v in s.items()} | {f"entropy_{k}": v for k, v in entropy.items()}
         mean = float(np.mean(list(losses.values())))
         where.say(f"step {step:>6}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
         if where.main:
-            log.write(step=step, val_loss=mean, **{f"val_{k}": v for k, v in losses.items()},
-                      **{f"copy_{k}": trivial[k][1] for k in losses}, **{f"mean_{k}": trivial[k][0] for k in losses})
-            draw_curves(out / "curves.png", read_log(out / "log.jsonl"), trivial)
+            log.write(step=step, val_loss=mean, **{f"val_{k}": v for k, v in losses.items()}, **notes)
+            if tokenizer is None:
+                draw_curves(out / "curves.png", read_log(out / "log.jsonl"), trivial)
+            else:
+                draw_code_curves(out / "curves.png", read_log(out / "log.jsonl"), entropy)
             if mean < best:
-                save_checkpoint(out / "best.pt", **checkpoint_state(model), step=step, val_loss=mean)
+                save_checkpoint(out / "best.pt", **checkpoint_state(model), **kept, step=step, val_loss=mean)
         best = min(best, mean)
-        return losses
+        return losses if tokenizer is None else scores
+
+    if args.probe_every and where.main:
+        labelled, unseen, classes, _ = labelled_cases(args.probe_task, args.probe_data, None, None, None, (6, 3), where)
+
+    def probe_tokens(step):
+        """How well frozen patch tokens tell organs apart; draws no random number, so that the run stays the same."""
+        def encode(x):
+            with where.autocast():
+                return model.encode(x.to(where.device))[0]
+        found = dense_probe(encode, [c[:2] for c in labelled], [c[:2] for c in unseen], len(classes) + 1, config.patch, shape)
+        knn, linear = (found[k]["f1"] for k in ("knn", "linear"))
+        where.say(f"step {step:>6}: organs from frozen tokens, F1 {knn:.3f} by neighbours, {linear:.3f} linear")
+        log.write(step=step, probe_knn_f1=knn, probe_linear_f1=linear)
 
     # loop
     if first == 0:
         validate(0)
+        if args.probe_every and where.main:
+            probe_tokens(0)
     last = min(args.steps, first + args.stop_after) if args.stop_after else args.steps
     running, since = torch.zeros((), device=where.device), first
     bar = tqdm(total=args.steps, initial=first, disable=not where.main, mininterval=1, desc="pre-training", unit="step")
@@ -469,7 +638,7 @@ def main():
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         stopping = ask_often and stop.agreed(where)
         logged = (step + 1) % args.log_every == 0 or step + 1 == last or stopping
-        loss, norm = train_step(net, batches, draw_prefixes(step, G, args), G, optimiser, lr, args, where, logged)
+        loss, norm = train_step(net, batches, draw_prefixes(step, G, args), G, optimiser, lr, args, where, logged, tokenizer)
         running += loss
         step += 1
         bar.update()
@@ -487,6 +656,8 @@ def main():
         pause = time.perf_counter()
         if step % args.val_every == 0 or step == args.steps:
             losses = validate(step)
+        if args.probe_every and where.main and step % args.probe_every == 0:
+            probe_tokens(step)
         if step % args.save_every == 0 or step == last or stopping:
             save(step)
         clock += time.perf_counter() - pause  # samples_per_s and mfu are of training alone
@@ -497,10 +668,13 @@ def main():
     if step < args.steps:
         where.say(f"stopped at step {step} of {args.steps}, saved in {out / 'ckpt.pt'}: --resume goes on")
         return
-    losses = losses or evaluate(model, val_batches, where)
+    losses = losses or (evaluate(model, val_batches, where) if tokenizer is None else evaluate_codes(model, tokenizer, val_batches, where))
     if where.main:
-        draw_samples(out / "samples.png", model, val, where, args)
-        report(losses, trivial, step, out, where)
+        draw_samples(out / "samples.png", model, val, where, args, tokenizer)
+        if tokenizer is None:
+            report(losses, trivial, step, out, where)
+        else:
+            report_codes(losses, entropy, trivial, step, out, where)
 
 
 def report(losses, trivial, step, out, where):
@@ -510,6 +684,17 @@ def report(losses, trivial, step, out, where):
         where.say(f"{k:>10}  {v:6.3f}  {mean:10.3f}  {copy:6.3f} ({distance:3} back)  {v / mean:.3f}")
     write_json(out / "metrics.json", dict(step=step, val=losses, patch_mean={k: t[0] for k, t in trivial.items()},
                earlier_patch={k: t[1] for k, t in trivial.items()}, distance={k: t[2] for k, t in trivial.items()}))
+    where.say("wrote " + ", ".join(str(out / f) for f in ("ckpt.pt", "best.pt", "log.jsonl", "curves.png", "samples.png")))
+
+
+def report_codes(scores, entropy, trivial, step, out, where):
+    where.say(f"{'validation':>10}  {'nats':>6}  {'unigram entropy':>15}  {'below it':>8}  {'top-1':>6}  {'top-5':>6}"
+              + (f"  {'pixels':>6}  patch mean" if trivial else ""))
+    for k, s in scores.items():
+        where.say(f"{k:>10}  {s['nats']:6.3f}  {entropy[k]:15.3f}  {1 - s['nats'] / entropy[k]:8.1%}  {s['top1']:6.1%}  {s['top5']:6.1%}"
+                  + (f"  {s['pixels']:6.3f}  {trivial[k][0]:10.3f}" if trivial else ""))
+    write_json(out / "metrics.json", dict(step=step, val=scores, unigram_entropy=entropy)
+               | (dict(patch_mean={k: t[0] for k, t in trivial.items()}) if trivial else {}))
     where.say("wrote " + ", ".join(str(out / f) for f in ("ckpt.pt", "best.pt", "log.jsonl", "curves.png", "samples.png")))
 
 

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -24,9 +26,11 @@ def published(golden, tmp_path):
     return tmp_path / "published.pt"
 
 
-@pytest.fixture
-def reference(golden, published):
-    return load_pretrained(published, heads=int(golden["config"][2]))
+@pytest.fixture(params=["torch", "triton"])
+def reference(golden, published, request):
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is not on: a GPU has its own tests")
+    return load_pretrained(published, heads=int(golden["config"][2])).use(request.param)
 
 
 def close(ours, theirs, tolerance=1e-4):

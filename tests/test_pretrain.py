@@ -231,6 +231,27 @@ def test_image_order_and_causal_attention(script, tmp_path):
     assert load_pretrained(tmp_path / "a/ckpt.pt").config.order == "image"
 
 
+def test_triton_trains_the_same_model(script, tmp_path):
+    """Two steps with the kernels, under Triton's interpreter, from int16 voxels and with sub-images that end within a patch."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has its own test of a step")
+    flags = ["--size", "nano", "--dtype", "fp32", "--steps", 2, "--volume", 16, "--stride", 1, "--batch", 1, "--val-samples", 1, "--warmup", 0, "--log-every", 2]
+    for kernels in ("torch", "triton"):
+        done = script("pretrain.py", *flags, "--kernels", kernels, "--out", tmp_path / kernels)
+        assert f"--kernels {kernels}: {kernels} (asked for" in done.stdout
+    a, b = ([[r[k] for k in ("loss", "grad_norm", "val_loss") if k in r] for r in read_log(tmp_path / k / "log.jsonl")] for k in ("torch", "triton"))
+    assert len(a) == 3 and all(x == pytest.approx(y, rel=1e-4) for x, y in zip(a, b))
+
+
+def test_probing_leaves_the_run_as_it_is(script, tmp_path):
+    for every in (0, 2):
+        script("pretrain.py", *SMALL, "--steps", 3, "--probe-every", every, "--out", tmp_path / str(every))
+    a, b = (load_checkpoint(tmp_path / every / "ckpt.pt") for every in "02")
+    assert all(torch.equal(w, b["model"][k]) for k, w in a["model"].items())
+    probed = [r for r in read_log(tmp_path / "2/log.jsonl") if "probe_linear_f1" in r]
+    assert [r["step"] for r in probed] == [0, 2] and all(0 < r["probe_linear_f1"] < 1 and 0 < r["probe_knn_f1"] < 1 for r in probed)
+
+
 def test_bench_prints_what_it_should(script):
     done = script("pretrain.py", "--size", "nano", "--volume", 32, "--micro", 1, "--bench")
     for words in ("matrix rate", "model FLOP", "peak memory", "tokens/s"):
