@@ -32,6 +32,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common import BadInput, cli, keep_freed_memory, parallel, read_json, write_beside
 
@@ -388,6 +389,36 @@ def read_h5(path, K):
     if values.shape != labels.shape or labels.min() < 0 or labels.max() >= K:
         raise BadInput(f"{path}: image {values.shape}, label {labels.shape} with values {labels.min()} ... {labels.max()}")
     return values, np.eye(4), labels.astype(np.uint8)
+
+
+def labelled_cases(task, data, classes, window, spacing, most, where):
+    """Labelled scans as finetune_seg.py prepares them: train, val (lists of (volume in [0, 1] float16, labels uint8, id), tensors
+    [X, Y, Z]), the names of the classes, and {id: why it was left out}.
+
+    most: how many to take of each split, those whose ids hash lowest. BadInput where none is left.
+    """
+    if task not in SEG_TASKS and not data:
+        raise BadInput(f"--task {task}: {', '.join(SEG_TASKS)}, or a name of your own with --data DIR in the Decathlon layout")
+    recipe, lost = SEG_TASKS.get(task, OWN_TASK), {}
+    data = data or ("data/phantom/amos" if task == "phantom" else f"data/{task}")
+    cases, classes = find_cases(task, data, classes, where)
+    parts = dict(train=[], val=[])
+    for (split, ready), n in zip(parts.items(), most):
+        chosen = sorted((c for c in cases if c["split"] == split), key=lambda c: hash_share(c["id"]))[:n]
+        for case in tqdm(sorted(chosen, key=lambda c: c["id"]), desc=f"reading {split}", leave=False):
+            try:
+                *scan, labels = read_case(case, len(classes) + 1)
+                hu = window_of_case(case, window or recipe["window"], recipe.get("mr_after"))
+                volume, geometry = prepare(*scan, spacing or recipe["spacing"], hu)
+                ready.append((torch.from_numpy(volume), torch.from_numpy(prepare_labels(labels, geometry)), case["id"]))
+            except BadInput as e:
+                lost[case["id"]] = str(e)
+        if not ready:
+            why = f"; the first: {next(iter(lost.values()))}" if lost else ""
+            raise BadInput(f"{data}: no labelled case of the {split} split can be used{why}")
+    if lost:
+        where.say(f"{len(lost)} cases left out; the first: {next(iter(lost.values()))}")
+    return parts["train"], parts["val"], classes, lost
 
 
 # ---------------------------------------------------------------- data sets to classify

@@ -2,6 +2,7 @@
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -90,6 +91,8 @@ CLASSES = ["ball", "box"]
 
 
 class Threshold(torch.nn.Module):
+    encoder = SimpleNamespace(use=lambda kernels: None)
+
     """Background at 0.5, ball at 1, box at 0 of the window: no mixture of two of them looks like the third."""
 
     def forward(self, v):
@@ -239,7 +242,7 @@ def test_a_real_segmenter_predicts(go, tmp_path):
     m = json.loads((tmp_path / "eval-all/metrics.json").read_text())
     assert m["cases"] == 2 and 0 <= m["grids"]["own"]["mean"]["dice"]["value"] < 0.6
     where = place("cpu", "fp32")
-    net, made, _ = ev.open_segmenter(type("Args", (), dict(ckpt=tmp_path / "best.pt", overlap=None, device="cpu", dtype="fp32")))
+    net, made, _ = ev.open_segmenter(type("Args", (), dict(ckpt=tmp_path / "best.pt", overlap=None, device="cpu", dtype="fp32", kernels="torch")))
     volume = np.random.default_rng(0).random((20, 16, 16)).astype(np.float16)
     logits = ev.segment(net, made, volume, type("Args", (), dict(windows=2, mirror=False)), where)
     with torch.no_grad():
