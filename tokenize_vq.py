@@ -252,7 +252,7 @@ def kmeans_rival(patches, args, rounds=20, chunk=8192):
 
     Empty clusters are given to the patches worst represented. Returns rebuild(patches [B, G, P³]) -> patches.
     """
-    n, edges = patches.shape[1], [patches.shape[1] * i // args.groups for i in range(args.groups + 1)]
+    edges = [patches.shape[1] * i // args.groups for i in range(args.groups + 1)]
     gen = torch.Generator(patches.device).manual_seed(args.seed)
 
     def nearest(x, centres):  # -> numbers, squared distance less |x|²

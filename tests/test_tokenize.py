@@ -12,7 +12,7 @@ import pretrain
 import tokenize_vq
 from common import BadInput, load_checkpoint, place, read_log
 from model import (SIZES, Config, Model, Quantiser, Tokenizer, TokenizerConfig, checkpoint_state, load_pretrained, load_tokenizer,
-                   patchify, tokenizer_state)
+                   tokenizer_state)
 from serialize import KINDS, Sequences
 
 TINY = dict(patch=8, codes=16, dim=8, hidden=16, width=16, layers=1)
