@@ -52,7 +52,10 @@ def write_beside(path):
     A reader sees the old file or the new one, never half of either; a failed block leaves nothing behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadInput(f"{path.parent}: a file is in the way of this folder; choose another --out") from None
     tmp = path.with_name(f".tmp.{path.name}")  # a fixed name: what a kill leaves behind is overwritten, not piled up
     try:
         yield tmp
@@ -517,20 +520,20 @@ def save_figure(fig, path):
     plt.close(fig)
 
 
-def draw_roc(path, scored, thresholds, found, classes):
-    """ROC of the test set (each class against the rest if more than two), the two operating points, and the validation's."""
+def draw_roc(path, scored, thresholds, found, classes, shown="test"):
+    """ROC of the `shown` split of scored {split: (labels, probs)} (each class against the rest if more than two), the two operating points, and the validation's."""
     fig, axes = figure_of((5.2, 5))
     ax, K = axes[0, 0], len(classes)
     for i, c in enumerate([1] if K == 2 else range(K)):
-        for split, style in (("val", dict(color="0.75")), ("test", dict(color=f"C{i}"))):
+        for split, style in (("val", dict(color="0.75")), (shown, dict(color=f"C{i}"))):
             labels, probs = scored[split]
             area = auc(labels == c, probs[:, c])
-            if area is None or split == "val" and K > 2:
+            if area is None or split != shown and K > 2:
                 continue
             fpr, tpr, _ = roc(labels == c, probs[:, c])
-            name = ("validation" if split == "val" else "test") if K == 2 else classes[c]
-            value = text_of(found["auc"]) if K == 2 and split == "test" else f"{area:.3f}"
-            ax.plot(fpr, tpr, lw=2 if split == "test" else 1, label=f"{name}, AUC {value}", **style)
+            name = ("validation" if split == "val" else split) if K == 2 else classes[c]
+            value = text_of(found["auc"]) if K == 2 and split == shown else f"{area:.3f}"
+            ax.plot(fpr, tpr, lw=2 if split == shown else 1, label=f"{name}, AUC {value}", **style)
     for prefix, marker, name in (("", "o", "at 0.5"), ("youden_", "^", f"at {thresholds[0]:.2f}, Youden's of validation")):
         sens, spec = found[prefix + "sensitivity"]["value"], found[prefix + "specificity"]["value"]
         if K == 2 and None not in (sens, spec):

@@ -14,7 +14,8 @@ between voxel centres, in mm, as in MONAI's `compute_hausdorff_distance` and `co
 directed 95th percentiles (linear interpolation). Surface Dice (NSD, Nikolov et al. 2018): the share of both surfaces together
 that lies within the tolerance of the other; surface voxels count alike, where Nikolov's weigh by area.
 Empty classes: absent in truth and prediction, a case is left out; absent in one of them, Dice and surface Dice are 0 and HD95
-is undefined (left out, and counted as missed). Volume errors are prediction − truth.
+is undefined (left out, and counted as missed). Volume errors are prediction − truth in cases.csv and in the box plots; tables and
+metrics.json have the mean of their sizes.
 
 Sections: surface scores · segmentation · classification · prediction · frozen features · next patch · table · main
 
@@ -67,11 +68,11 @@ def surface_scores(a, b, tolerance):
     return close / (len(a) + len(b)), max(np.percentile(to_a, 95), np.percentile(to_b, 95))
 
 
-def score_case(found, truth, spacing, tolerances):
+def score_case(found, truth, spacing, tolerances, volume=None):
     """SCORES of each class but the background: float64 [K − 1, 4].
 
-    found, truth: integers [X, Y, Z] on one grid; spacing: mm of its voxels; tolerances: mm, [K − 1]. Each class is looked at in
-    the box around it alone, which holds both surfaces, so that the size of the volume hardly matters.
+    found, truth: integers [X, Y, Z] on one grid; spacing: mm of its voxels; tolerances: mm, [K − 1]; volume: mm³ of a voxel, where
+    axes are not at right angles (distances are then taken as if they were). Each class is looked at in the box around it alone, which holds both surfaces, so that the size of the volume hardly matters.
     """
     K, spacing = len(tolerances) + 1, np.asarray(spacing, float)
     both, n_found, n_truth = overlap_counts(torch.from_numpy(found), torch.from_numpy(truth), K)[1:].double().numpy().T
@@ -79,7 +80,7 @@ def score_case(found, truth, spacing, tolerances):
     present = (n_found + n_truth) > 0
     scores[present, 0] = 2 * both[present] / (n_found + n_truth)[present]
     scores[present, 1] = 0
-    scores[present, 3] = (n_found - n_truth)[present] * spacing.prod() / 1000
+    scores[present, 3] = (n_found - n_truth)[present] * (volume or spacing.prod()) / 1000
     boxes = [find_objects(labels, K - 1) for labels in (found, truth)]
     for k in np.flatnonzero((n_found > 0) & (n_truth > 0)):
         box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(boxes[0][k], boxes[1][k]))
@@ -109,12 +110,12 @@ def segmentation(args):
     net, made, where = open_segmenter(args)
     task = args.task or made["task"]
     data = args.data or (made.get("data") if task == made["task"] else None) or ("data/phantom/amos" if task == "phantom" else f"data/{task}")
-    cases, classes = find_cases(task, data, None if task in SEG_TASKS else made["classes"], where)
+    cases, classes = find_cases(task, data, made["classes"] if task == made["task"] or task not in SEG_TASKS else None, where)
     if len(classes) != len(made["classes"]):
         raise BadInput(f"--task {task}: {len(classes)} classes ({', '.join(classes[:4])} …), and {args.ckpt} knows {len(made['classes'])}")
     cases = [c for c in cases if args.split in ("all", c["split"])]
     tolerances = args.tolerance * len(classes) if len(args.tolerance) == 1 else args.tolerance
-    if len(tolerances) != len(classes) or min(tolerances) < 0:
+    if len(tolerances) != len(classes) or not all(t >= 0 for t in tolerances):
         raise BadInput(f"--tolerance {' '.join(f'{t:g}' for t in args.tolerance)}: one number, or {len(classes)}, none below 0")
     grids = ("own", "resampled") if args.grid == "both" else (args.grid,)
     out = Path(args.out or Path(args.ckpt).parent / f"eval-{args.split}")
@@ -140,6 +141,8 @@ def open_segmenter(args):
     net, made = load_segmenter(args.ckpt)
     if args.overlap is not None and not 0 <= args.overlap < 1:
         raise BadInput(f"--overlap {args.overlap:g}: from 0 to below 1")
+    if args.windows < 1:
+        raise BadInput(f"--windows {args.windows}: at least 1 is needed")
     made["overlap"] = made["overlap"] if args.overlap is None else args.overlap
     net.encoder.use(choose(args.kernels, where.device)[0])
     return net.to(where.device).eval(), made, where
@@ -165,7 +168,7 @@ def score_one(case, net, made, grids, tolerances, args, where):
     scores, views = {}, None
     if "own" in grids:
         back = smooth(found, geometry["shape"])
-        scores["own"] = score_case(back, truth, nib.affines.voxel_sizes(ras), tolerances)
+        scores["own"] = score_case(back, truth, nib.affines.voxel_sizes(ras), tolerances, abs(np.linalg.det(ras[:3, :3])))
     if "resampled" in grids:  # what the cut to the foreground leaves out of the truth counts as missed
         scores["resampled"] = score_case(found, nearest(truth, geometry["resampled"]), geometry["spacing"], tolerances)
     seen = nearest(truth, geometry["resampled"])
@@ -175,7 +178,7 @@ def score_one(case, net, made, grids, tolerances, args, where):
     image = np.zeros(geometry["resampled"][:2], np.float32)
     if low <= z < high:
         image[tuple(slice(a, b) for a, b in geometry["box"][:2])] = volume[:, :, z - low]
-    views = dict(image=image, truth=seen[:, :, z], found=found[:, :, z], z=z, spacing=geometry["spacing"])
+    views = dict(image=image, truth=seen[:, :, z].copy(), found=found[:, :, z].copy(), z=z, spacing=geometry["spacing"])
     return scores, views
 
 
@@ -325,10 +328,10 @@ def classification(args):
     write_table(out / "scores.csv", ["file", "patient", "split", "label", *(f"p_{c}" for c in range(len(classes))), "predicted"],
                 [[c["file"], c["patient"], args.split, y, *(f"{x:.8f}" for x in p), d] for c, y, p, d in zip(cases, labels, probs, decide(probs))])
     write_table(out / "skipped.csv", ["file", "split", "reason"], skipped)
-    draw_roc(out / "roc.png", {"val": scored["val"][1:], "test": (labels, probs)}, thresholds, found, classes)
+    draw_roc(out / "roc.png", {s: v[1:] for s, v in scored.items()}, thresholds, found, classes, args.split)
     draw_confusion(out / "confusion.png", labels, probs, thresholds, classes)
     write_json(out / "metrics.json", dict(task=name, data=str(data), split=args.split, ckpt=str(args.ckpt), cases=len(cases), skipped=len(skipped),
-               classes=classes, thresholds=thresholds, test=found))
+               classes=classes, thresholds=thresholds, scores=found))
     print("wrote " + ", ".join(str(out / f) for f in ("metrics.json", "scores.csv", "roc.png", "confusion.png")))
 
 
@@ -360,32 +363,39 @@ def add_predict(commands):
 
 def prediction(args):
     net, made, where = open_segmenter(args)
-    out, jobs = Path(args.out or "out/predict"), []
+    out, jobs, failed, kept, unusable = Path(args.out or "out/predict"), [], [], 0, 0
     for named in map(Path, args.scans):
-        files = scans_under(named, LABELS)[0] if named.is_dir() else [named]
+        try:
+            files, labels = scans_under(named, LABELS) if named.is_dir() else ([named], [])
+        except BadInput as e:
+            failed.append((str(named), str(e)))
+            continue
+        failed += [(str(f), "looks like a label map: name the file itself") for f in labels if out.resolve() not in f.resolve().parents]
+        files = [f for f in files if out.resolve() not in f.resolve().parents or f == named]  # not what an earlier call wrote
         jobs += [(f, out / (f.relative_to(named).parent if named.is_dir() and f != named else "") / (stem_of(f) or f.name)) for f in files]
     often = Counter(t for _, t in jobs)
     if len(often) < len(jobs):
         target, n = often.most_common(1)[0]
         raise BadInput(f"{n} scans would be written to one file, {target}.nii.gz: name their common folder instead")
     model = hashlib.blake2b(Path(args.ckpt).read_bytes(), digest_size=8).hexdigest()
-    settings = [model, made["overlap"], args.mirror, args.modality, args.probabilities]
+    settings = [model, made["overlap"], args.mirror, args.modality]
+    ends = [".nii.gz", *([".probabilities.nii.gz"] if args.probabilities else []), *([".png"] if args.overlay else [])]
     write_json(out / "labels.json", {"0": "background", **{str(k + 1): c for k, c in enumerate(made["classes"])}})
-    failed, kept = [], 0
     for scan, target in tqdm(jobs, desc="predicting", unit="scan"):
         try:
             stamp = [*settings, *stamp_of(scan)]
-            if not args.redo and done_already(target, stamp):
+            if done_already(target, stamp, ends) and not args.redo:
                 kept += 1
                 continue
             predict_scan(scan, target, stamp, net, made, args, where)
-        except BadInput as e:
-            failed.append((str(scan), str(e)))
-            tqdm.write(f"left out: {scan}: {e}")
+        except (BadInput, MemoryError, torch.OutOfMemoryError) as e:
+            unusable += 1
+            failed.append((str(scan), str(e) or "not enough memory"))
+            tqdm.write(f"left out: {scan}: {failed[-1][1]}")
     write_table(out / "skipped.csv", ["scan", "reason"], failed)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} scans have their label map in {out}"
+    print(f"{len(jobs) - unusable} of {len(jobs)} scans have their label map in {out}"
           + (f" ({kept} had it already; --redo makes them anew)" if kept else "") + (f"; {len(failed)} left out, see {out / 'skipped.csv'}" if failed else ""))
-    if len(failed) == len(jobs):
+    if unusable == len(jobs):
         raise BadInput(f"none of the scans could be used; the first: {failed[0][0]}: {failed[0][1]}")
 
 
@@ -399,9 +409,15 @@ def stamp_of(scan):
     return [len(files), sum(f.stat().st_size for f in files), max((f.stat().st_mtime_ns for f in files), default=0)]
 
 
-def done_already(target, stamp):
+def done_already(target, stamp, ends):
+    """Whether all files of a prediction are there, made from this scan in this way. A JSON file of somebody else's is never replaced."""
     side = target.with_name(target.name + ".json")
-    return side.exists() and target.with_name(target.name + ".nii.gz").exists() and read_json(side, "what a prediction was made of")["stamp"] == stamp
+    if not side.exists():
+        return False
+    notes = read_json(side, "what a prediction was made of")
+    if not isinstance(notes, dict) or "stamp" not in notes:
+        raise BadInput(f"{side} is not a prediction's and would be replaced; choose another --out")
+    return notes["stamp"] == stamp and all(target.with_name(target.name + end).exists() for end in ends)
 
 
 def predict_scan(scan, target, stamp, net, made, args, where):
@@ -423,7 +439,7 @@ def predict_scan(scan, target, stamp, net, made, args, where):
         save_like(scan, target.with_name(target.name + ".probabilities.nii.gz"), shares(logits, geometry, own), affine, slope=1 / 255)
     if args.overlay:
         draw_overlay(target.with_name(target.name + ".png"), volume.astype(np.float32), None, found, made["classes"], geometry["spacing"], scan.name)
-    voxel = float(np.prod(nib.affines.voxel_sizes(ras))) / 1000
+    voxel = abs(np.linalg.det(ras[:3, :3])) / 1000
     sizes = np.bincount(labels.reshape(-1), minlength=len(made["classes"]) + 1)[1:]
     write_json(side, dict(scan=str(scan), ckpt=str(args.ckpt), window=window, lowest=lowest, stamp=stamp,
                           volume_ml={c: round(float(n * voxel), 3) for c, n in zip(made["classes"], sizes)}))
@@ -497,8 +513,8 @@ def probe(args):
         raise BadInput(f"--layer {args.layer}: blocks are 0 to {c.layers - 1}")
     if args.cls_data and len([t for t in args.tasks if t != "lesions"]) != 1:
         raise BadInput(f"--cls-data {args.cls_data}: belongs to one task; name it alone in --tasks")
-    if args.k < 1 or min(args.cases) < 1 or not 0 <= args.cover <= 1:
-        raise BadInput(f"--k {args.k} --cases {args.cases[0]} {args.cases[1]} --cover {args.cover:g}: 1 or more each, and a share")
+    if args.k < 1 or min(args.cases) < 1 or not 0 <= args.cover <= 1 or args.roi and min(args.roi) < c.patch:
+        raise BadInput(f"--k {args.k} --cases {args.cases[0]} {args.cases[1]} --cover {args.cover:g} --roi {args.roi or ''}: 1 or more each, a share, and a patch of {c.patch} or more")
     edge = was.get("volume") if isinstance(was.get("volume"), int) else 64 if c.patch < 16 else 128
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
@@ -1001,8 +1017,8 @@ def draw_completions(path, views, data, G):
 # The paper's figures for a task, at all labels, by initialisation. None: nobody has read the cell here; never filled by guess.
 PAPER = {task: {"metric": metric, "scratch": None, "pre-trained": None}
          for metric, tasks in (("Dice", [t for t in SEG_TASKS if t != "phantom"]), ("AUC", ("nodule", "ricord"))) for task in tasks}
-ASIDE = set("""out resume data cache device dtype workers micro compile log_every save_every stop_after bench seed seeds init labels task flavour
-    heads bootstrap lists freeze kernels windows""".split())  # settings in which runs of one cell of the table may differ
+ASIDE = set("""out resume cache device dtype workers micro compile log_every save_every stop_after bench seed seeds init labels task flavour
+    heads bootstrap freeze kernels windows""".split())  # settings in which runs of one cell of the table may differ
 RESAMPLED = 2000  # bootstrap samples of a paired test
 
 
@@ -1021,10 +1037,10 @@ def table(args):
                                   *(f"  {f}: {why}" for f, why in unusable)]))
     cells = {}
     for r in runs:
-        cells.setdefault((r["task"], r["labels"], r["init"]), []).append(r)
+        cells.setdefault((r["task"], r["labels"], r["init"], r["metric"]), []).append(r)
     cells = dict(sorted(cells.items(), key=lambda c: (c[0][0], c[0][1], c[0][2] != "scratch", c[0][2])))
-    rows = [summarise_cell(*key, of) for key, of in cells.items()]
-    tests = [paired_test(cells[a], cells[b], a, b, args.seed) for a, b in combinations(cells, 2) if a[:2] == b[:2]]
+    rows = [summarise_cell(*key[:3], of) for key, of in cells.items()]
+    tests = [paired_test(cells[a], cells[b], a, b, args.seed) for a, b in combinations(cells, 2) if (*a[:2], a[3]) == (*b[:2], b[3])]
     text = markdown(rows, tests, cells, unusable)
     print(text)
     out = Path(args.out)
@@ -1086,7 +1102,7 @@ def read_run(folder, args):
         else:
             metric, value, seed, per_class = "AUC", m["test"]["auc"]["value"], m["seed"], {}
             cases = read_scores(folder / "scores.csv")
-        if value is None:
+        if value is None or np.isnan(value):
             raise BadInput(f"its {metric} is undefined")
         flavour = f" ({args['flavour']})" if args["task"] == "phantom-cls" else ""
         return dict(folder=str(folder), task=args["task"] + flavour, labels=float(args["labels"]), **origin(args["init"]), seed=int(seed),
@@ -1103,7 +1119,7 @@ def origin(init):
         return {"init": "scratch", "from": "scratch"}
     path = Path(init)
     name = {"ckpt.pt": path.parent.name, "best.pt": f"best of {path.parent.name}"}.get(path.name, path.name)
-    return {"init": name, "from": str(path)}
+    return {"init": name, "from": str(path.resolve() if path.exists() else path)}
 
 
 def mean_defined(values):
@@ -1223,8 +1239,8 @@ def class_tables(cells):
     """Dice of each class, a table a task: Markdown lines."""
     lines = []
     for task in dict.fromkeys(k[0] for k, runs in cells.items() if any(r["per_class"] for r in runs)):
-        columns = {k: v for k, v in cells.items() if k[0] == task}
-        heads = " | ".join(f"{init}, {100 * labels:g} %" for _, labels, init in columns)
+        columns = {k: v for k, v in cells.items() if k[0] == task and k[3] == "Dice"}
+        heads = " | ".join(f"{init}, {100 * labels:g} %" for _, labels, init, _ in columns)
         lines += ["", f"| {task}, Dice | {heads} |", "|---|" + "---|" * len(columns)]
         for name in dict.fromkeys(c for runs in columns.values() for r in runs for c in r["per_class"]):
             values = [[v for v in (r["per_class"].get(name) for r in runs) if v is not None] for runs in columns.values()]
@@ -1293,10 +1309,13 @@ def main():
     for add, _ in COMMANDS.values():
         add(commands)
     words = sys.argv[1:]
-    if words[:1] == ["--ckpt"] and len(words) > 1:  # no sub-command: the one that fits
-        kind = load_checkpoint(words[1]).get("format")
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--ckpt")
+    ckpt = named.parse_known_args(words)[0].ckpt
+    if ckpt and not set(words) & set(COMMANDS):  # no sub-command: the one that fits
+        kind = load_checkpoint(ckpt).get("format")
         if kind not in FITS:
-            raise BadInput(f"--ckpt {words[1]}: format {kind!r} says no sub-command; name one of {', '.join(COMMANDS)}")
+            raise BadInput(f"--ckpt {ckpt}: format {kind!r} says no sub-command; name one of {', '.join(COMMANDS)}")
         words = [FITS[kind], *words]
     args = p.parse_args(words)
     COMMANDS[args.command][1](args)

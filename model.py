@@ -11,6 +11,7 @@ frozen features · visual tokenizer · weights
 B batch, X Y Z voxels, P patch edge, G patches of a volume, N tokens, C width, H heads, D width of a head, L layers,
 S sub-images of a sequence, laid side by side along z.
 """
+import contextlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -698,6 +699,20 @@ class TokenizerConfig:
         if not 2 <= self.codes <= 65536 or min(self.groups, self.layers) < 1 or self.dim < 2:
             raise BadInput(f"{self.codes} codes in {self.groups} groups of {self.dim} dimensions, {self.layers} layers: 2 to 65,536 "
                            "codes (they are stored as uint16), 1 group or more, 2 dimensions or more, 1 layer or more")
+        if self.groups * (self.dim - 1) > self.patch ** 3:
+            raise BadInput(f"{self.groups} groups of {self.dim} dimensions: a patch of {self.patch}³ voxels has not so many components")
+
+
+@contextlib.contextmanager
+def exact_products(device):
+    """Products in float32 whatever surrounds: neither autocast nor TF32, which gives one patch in twelve another code."""
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(was)
 
 
 class Quantiser(nn.Module):
@@ -713,9 +728,10 @@ class Quantiser(nn.Module):
         self.register_buffer("uses", torch.ones(groups, codes))
         self.register_buffer("sums", self.codes.clone())
 
-    def nearest(self, z, chunk=16384):
+    def nearest(self, z):
         """Unit vectors [n, g, D] -> the numbers of their codes [n, g]."""
-        with torch.autocast(z.device.type, enabled=False):
+        chunk = max(1, 2 ** 27 // (self.codes.shape[0] * self.codes.shape[1]))         # half a GiB of scores at a time
+        with exact_products(z.device):
             return torch.cat([torch.einsum("ngd,gkd->gnk", part, self.codes).argmax(-1).T for part in z.split(chunk)])
 
     def look_up(self, index):
@@ -824,7 +840,7 @@ class Tokenizer(nn.Module):
 
     def latents(self, patches):
         """[B, G, P³] in [0, 1] -> unit vectors [B·G, g, D], in float32 always: a code must not depend on who asks."""
-        with torch.autocast(patches.device.type, enabled=False):
+        with exact_products(patches.device):
             x = self.even(patches)
             z = self.linear(x) + self.fc2(F.gelu(self.fc1(x)))
             return F.normalize(z.view(-1, self.config.groups, self.config.dim), dim=-1)
@@ -867,12 +883,10 @@ class Tokenizer(nn.Module):
         angles: vectors of a mean square length 0.2 on the plane that touches the sphere.
         """
         c = self.config
-        x = self.even(patches)
+        x, want = self.even(patches), c.groups * (c.dim - 1)
         mean = x.mean(0)
-        values, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))           # rising
-        want = c.groups * (c.dim - 1)
-        if want > len(values):
-            raise BadInput(f"{c.groups} groups of {c.dim} dimensions: a patch of {c.patch}³ has no {want} components")
+        with exact_products(x.device):
+            values, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))       # rising
         axes = axes[:, -want:].flip(1) * (0.2 * c.groups / values[-want:].sum()).sqrt()  # [P³, want], scaled
         axes = axes.T.reshape(c.dim - 1, c.groups, -1).transpose(0, 1)                 # [g, D − 1, P³]
         self.linear.weight.copy_(F.pad(axes, (0, 0, 0, 1)).reshape(-1, axes.shape[-1]))

@@ -147,6 +147,12 @@ def find_tokenizer(args, patch, state, where):
     return load_tokenizer(args.tokenizer, patch).to(where.device)
 
 
+def same_codes(path, tokenizer):
+    """Whether the model in `path` predicted the codes of this very tokenizer."""
+    theirs, ours = (load_checkpoint(path).get("tokenizer") or {}).get("model", {}), tokenizer.state_dict()
+    return theirs.keys() == ours.keys() and all(torch.equal(w, ours[k].cpu()) for k, w in theirs.items())
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -521,8 +527,11 @@ def main():
                 raise BadInput(f"--init {args.init}: its model has {have}, this run {want}; choose another --size")
             where.say(f"--init {args.init}: pre-trained with {have}, goes on with {want}")
             model.config = config
-            if set(have) & {"target", "codes", "groups"}:
-                model.head = Model(config).head  # another target: the head starts anew
+        if config.target != "pixel" and not same_codes(args.init, tokenizer):
+            where.say(f"--init {args.init}: predicted no codes, or others; the head starts anew")
+            model.head = Model(config).head
+        elif model.head.out_features != config.outputs:
+            model.head = Model(config).head
     else:
         model = Model(config)
     if state:
@@ -556,6 +565,9 @@ def main():
     val_batches = validation_set(val, G, args, where)
     trivial = trivial_predictors(model, val_batches, G, where) if args.target != "vq" else None
     entropy = unigram_entropy(model, tokenizer, val_batches, where) if tokenizer is not None else None
+
+    if args.probe_every:
+        labelled, unseen, classes, _ = labelled_cases(args.probe_task, args.probe_data, None, None, None, (6, 3), where)
 
     # resume, optimiser
     optimiser = make_optimiser(model, args)
@@ -610,9 +622,6 @@ def main():
                 save_checkpoint(out / "best.pt", **checkpoint_state(model), **kept, step=step, val_loss=mean)
         best = min(best, mean)
         return losses if tokenizer is None else scores
-
-    if args.probe_every and where.main:
-        labelled, unseen, classes, _ = labelled_cases(args.probe_task, args.probe_data, None, None, None, (6, 3), where)
 
     def probe_tokens(step):
         """How well frozen patch tokens tell organs apart; draws no random number, so that the run stays the same."""
@@ -684,18 +693,18 @@ def report(losses, trivial, step, out, where):
         where.say(f"{k:>10}  {v:6.3f}  {mean:10.3f}  {copy:6.3f} ({distance:3} back)  {v / mean:.3f}")
     write_json(out / "metrics.json", dict(step=step, val=losses, patch_mean={k: t[0] for k, t in trivial.items()},
                earlier_patch={k: t[1] for k, t in trivial.items()}, distance={k: t[2] for k, t in trivial.items()}))
-    where.say("wrote " + ", ".join(str(out / f) for f in ("ckpt.pt", "best.pt", "log.jsonl", "curves.png", "samples.png")))
+    where.say("wrote " + ", ".join(str(out / f) for f in ("ckpt.pt", "best.pt", "log.jsonl", "metrics.json", "curves.png", "samples.png")))
 
 
 def report_codes(scores, entropy, trivial, step, out, where):
     where.say(f"{'validation':>10}  {'nats':>6}  {'unigram entropy':>15}  {'below it':>8}  {'top-1':>6}  {'top-5':>6}"
               + (f"  {'pixels':>6}  patch mean" if trivial else ""))
     for k, s in scores.items():
-        where.say(f"{k:>10}  {s['nats']:6.3f}  {entropy[k]:15.3f}  {1 - s['nats'] / entropy[k]:8.1%}  {s['top1']:6.1%}  {s['top5']:6.1%}"
+        where.say(f"{k:>10}  {s['nats']:6.3f}  {entropy[k]:15.3f}  {1 - s['nats'] / max(entropy[k], 1e-12):8.1%}  {s['top1']:6.1%}  {s['top5']:6.1%}"
                   + (f"  {s['pixels']:6.3f}  {trivial[k][0]:10.3f}" if trivial else ""))
     write_json(out / "metrics.json", dict(step=step, val=scores, unigram_entropy=entropy)
                | (dict(patch_mean={k: t[0] for k, t in trivial.items()}) if trivial else {}))
-    where.say("wrote " + ", ".join(str(out / f) for f in ("ckpt.pt", "best.pt", "log.jsonl", "curves.png", "samples.png")))
+    where.say("wrote " + ", ".join(str(out / f) for f in ("ckpt.pt", "best.pt", "log.jsonl", "metrics.json", "curves.png", "samples.png")))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ def read_nifti(path):
     if img.get_data_dtype().kind not in "iuf":
         raise BadInput(f"voxels of type {img.get_data_dtype()}, neither integers nor floats")
     raw = img.dataobj.get_unscaled()
+    if shape[3:] == (1,):                           # one frame: a volume
+        raw = raw[..., 0]
     slope, inter = float(img.dataobj.slope), float(img.dataobj.inter)
     if raw.dtype.kind in "iu" and slope == 1 and inter == int(inter):
         fits = raw.dtype.itemsize <= 2 and abs(inter) < 2 ** 20
@@ -303,6 +305,8 @@ def find_cases(name, data, classes, where):
     classes = classes or task["classes"] or [named[k] for k in sorted(named) if k]
     if not classes:
         raise BadInput(f"--task {name}: the names of its classes are needed, --classes NAME …, or labels in {root / 'dataset.json'}")
+    if len(classes) > 255:
+        raise BadInput(f"--task {name}: {len(classes)} classes; label maps here have 8 bits, 255 classes at most")
     cases = listed(root, notes) or listed_in_h5(root) or found_on_disk(root)
     if not cases:
         raise BadInput(f"{root}: no labelled scans ({LAYOUT}); {root / 'labelsTr'} "
@@ -384,8 +388,11 @@ def read_h5(path, K):
         import h5py
     except ImportError:
         raise BadInput(f"{path}: HDF5 files need h5py: pip install h5py") from None
-    with h5py.File(path) as f:
-        values, labels = f["image"][:], f["label"][:]
+    try:
+        with h5py.File(path) as f:
+            values, labels = f["image"][:], f["label"][:]
+    except (OSError, KeyError) as e:
+        raise BadInput(f"{path}: not an HDF5 file with image and label ({str(e).splitlines()[0]})") from None
     if values.shape != labels.shape or labels.min() < 0 or labels.max() >= K:
         raise BadInput(f"{path}: image {values.shape}, label {labels.shape} with values {labels.min()} ... {labels.max()}")
     return values, np.eye(4), labels.astype(np.uint8)
@@ -618,6 +625,14 @@ def load_volume(case):
 # A job is a dict: kind, source, patient, and what its rows need; `store` runs in a worker process.
 
 
+def is_dicom(path):
+    """Whether a file without a suffix is DICOM: scanners and archives export slices as IM0001."""
+    if "." in path.name:
+        return False
+    with open(path, "rb") as f:
+        return f.read(132)[128:] == b"DICM"
+
+
 def scans_under(folder, exclude):
     """Files (and folders of DICOM slices) below `folder` -> scans, and those that look like labels."""
     folder = Path(folder)
@@ -625,12 +640,12 @@ def scans_under(folder, exclude):
         raise BadInput(f"{folder}: no such folder")
     found, labels, series = [], [], set()
     for f in sorted([folder] if folder.is_file() else folder.rglob("*")):
-        if not f.is_file() or not suffix_of(f) or f.name.startswith("._"):  # ._ is macOS litter
+        if not f.is_file() or not (suffix_of(f) or is_dicom(f)) or f.name.startswith("._"):  # ._ is macOS litter
             continue
         below = f"/{f.relative_to(folder) if folder.is_dir() else f.name}".lower()
         if any(fnmatch.fnmatch(below, p) for p in exclude):
             labels.append(f)
-        elif suffix_of(f) != ".dcm":
+        elif suffix_of(f) not in (".dcm", None):
             found.append(f)
         elif f.parent not in series:
             series.add(f.parent)

@@ -51,7 +51,7 @@ def parser():
     g.add_argument("--data", help="corpus of serialize.py (default data/corpus; without one, the phantom's)")
     g.add_argument("--out", default="out/vq", help="folder of the run (default %(default)s)")
     g.add_argument("--resume", action="store_true", help="go on from out/ckpt.pt with the arguments of that run; a fresh start if there is none")
-    g.add_argument("--encode", action="store_true", help="write the codes of every scan of the corpus with the tokenizer in out/best.pt")
+    g.add_argument("--encode", action="store_true", help="write the codes of every scan of the corpus with the tokenizer in out/ckpt.pt")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--stop-after", type=int, metavar="N", help="save and leave after N steps of this call")
     g = p.add_argument_group("tokenizer (the paper publishes none: these are ours)")
@@ -211,8 +211,7 @@ def evaluate(rebuild, batches, args, where, structure=True):
     for batch in batches:
         b = to_device(batch, where.device)
         volume = to_unit(b["volume"], b["window"])
-        with where.autocast():
-            out, codes = rebuild(volume)
+        out, codes = rebuild(volume)
         out = out.float().clamp(0, 1)
         error = (out - volume).square().mean((1, 2, 3))
         alike = ssim(volume, out, args.images) if structure else torch.zeros_like(error)
@@ -235,11 +234,12 @@ def evaluate(rebuild, batches, args, where, structure=True):
     return found
 
 
-def rebuilder(tokenizer):
+def rebuilder(tokenizer, where):
     """volume [B, X, Y, Z] -> its reconstruction and its codes [B, G, g]."""
     def rebuild(volume):
         codes = tokenizer.encode(volume)
-        return tokenizer.decode(codes, grid_of(volume.shape[1:], tokenizer.config.patch)), codes
+        with where.autocast():
+            return tokenizer.decode(codes, grid_of(volume.shape[1:], tokenizer.config.patch)), codes
     return rebuild
 
 
@@ -465,8 +465,7 @@ def encode_corpus(args, where):
     99.9 of the scan). codes[first:first + x·y·z].reshape(x, y, z, g); edges are repeated up to whole patches.
     """
     out = Path(args.out)
-    path = next((out / f for f in ("best.pt", "ckpt.pt") if (out / f).exists()), out / "best.pt")
-    tokenizer = load_tokenizer(path).to(where.device)
+    tokenizer = load_tokenizer(out / "ckpt.pt").to(where.device)  # the one that pretrain.py takes, too
     P, corpus = tokenizer.config.patch, find_corpus(args, where)
     rows, first = [], 0
     for row in {r["file"]: r for r in read_index(corpus)}.values():
@@ -510,7 +509,9 @@ def main():
     cuda = torch.cuda.is_available() and args.device != "cpu"
     where = place(args.device, "fp32" if args.dtype == "auto" and not cuda else args.dtype, args.seed)
     if args.encode:
-        return encode_corpus(args, where) if where.main else None
+        if where.world > 1:
+            raise BadInput("--encode runs in one process: leave torchrun out")
+        return encode_corpus(args, where)
     stop = StopRequest()
     settle(args, where)
     grid_of([args.volume] * 3, args.patch)
@@ -572,7 +573,7 @@ def main():
 
     def validate(step):
         nonlocal best
-        found = evaluate(rebuilder(tokenizer), val_batches, args, where, structure=False)
+        found = evaluate(rebuilder(tokenizer, where), val_batches, args, where, structure=False)
         where.say(f"step {step:>6}: held out " + ", ".join(f"{k} {v:.2f} dB" for k, v in found["psnr"].items())
                   + f"; codes used {found['used']:.1%}, perplexity {found['perplexity']:.0f} (varied patches {found['perplexity_varied']:.0f})")
         if where.main:
@@ -622,7 +623,7 @@ def main():
 
 def report(tokenizer, train, val, val_batches, step, out, args, where):
     """The tokenizer beside two rivals of as many bits, on the same held-out patches: table, metrics.json, pictures."""
-    rebuilds = {"codes": rebuilder(tokenizer)}
+    rebuilds = {"codes": rebuilder(tokenizer, where)}
     if args.rivals:
         patches = first_patches(train, args, where)  # the same on every rank, and so are the rivals
         rebuilds["k-means"] = of_patches(kmeans_rival(patches, args), args.patch)

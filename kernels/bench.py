@@ -153,6 +153,7 @@ def bench_attention(device, args, say):
     H, D, dtype, sets = (12, 64, torch.bfloat16, 3) if cuda else (2, 32, torch.float32, 2)
     rows = []
     for N in lengths:
+        torch._dynamo.reset()  # else FlexAttention meets the limit of recompilations at the last lengths, and runs uncompiled
         B = max(2, 32768 // N) if cuda else 2
         inputs = [(torch.randn(B, N, 3, H, D, device=device, dtype=dtype).requires_grad_(), torch.randint(1, N + 1, (B,), device=device),
                    torch.randn(B, N, H, D, device=device, dtype=dtype)) for _ in range(sets)]
@@ -510,9 +511,12 @@ def main():
     chosen = [parts[name] for name in args.part if name in parts]
     if not chosen:
         return
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        raise BadInput(f"--device {args.device}: auto, cpu, cuda or cuda:N")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if device.type == "cuda":
         kernels.choose("triton", device)
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
         print("no CUDA device: PyTorch's paths alone, at small sizes, which says nothing about a GPU")

@@ -195,6 +195,32 @@ def test_predict_goes_on_after_a_bad_scan_and_after_a_stop(go, threshold, tmp_pa
     assert (folder / "a/x.nii.gz").read_bytes() == whole
 
 
+def test_predict_takes_what_scanners_write_and_leaves_what_others_wrote(go, threshold, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image, _, affine = patient()
+    nib.save(nib.Nifti1Image(image[..., None], affine), folder / "one-frame.nii.gz")
+    nib.save(nib.Nifti1Image(image, affine), folder / "x_seg.nii.gz")
+    (tmp_path / "empty").mkdir()
+    words = ["predict", "--ckpt", threshold, folder, tmp_path / "empty", "--out", folder / "pred", "--no-overlay"]
+    assert "1 of 1 scans have their label map" in go(*words)
+    assert nib.load(folder / "pred/one-frame.nii.gz").shape == image.shape
+    rows = {r["scan"]: r["reason"] for r in csv.DictReader(open(folder / "pred/skipped.csv"))}
+    assert "no scans in it" in rows[str(tmp_path / "empty")] and "label map" in rows[str(folder / "x_seg.nii.gz")]
+    assert "1 of 1 scans have their label map" in go(*words)                           # its own output is no scan
+    (folder / "one-frame.json").write_text('{"EchoTime": 3}')                          # BIDS keeps such files beside scans
+    with pytest.raises(BadInput, match="one-frame.json is not a prediction's and would be replaced"):
+        go("predict", "--ckpt", threshold, folder / "one-frame.nii.gz", "--out", folder, "--redo")
+    assert (folder / "one-frame.json").read_text() == '{"EchoTime": 3}'
+    with pytest.raises(BadInput, match="a file is in the way"):
+        go("predict", "--ckpt", threshold, folder / "one-frame.nii.gz", "--out", folder / "one-frame.json")
+    with pytest.raises(BadInput, match="--windows 0"):
+        go("predict", "--ckpt", threshold, folder, "--windows", 0)
+    dicom = tmp_path / "IM0001"
+    dicom.write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 64)
+    assert ev.scans_under(tmp_path / "IM0001", ())[0] == [tmp_path] and not ev.scans_under(folder, ())[1]
+
+
 def write_set(root, n=4):
     for part in ("imagesTr", "labelsTr"):
         (root / part).mkdir(parents=True, exist_ok=True)
@@ -238,11 +264,11 @@ def test_a_real_segmenter_predicts(go, tmp_path):
                 features=4, overlap=0.0)
     save_checkpoint(tmp_path / "best.pt", format=SEGMENTER, config=vars(net.encoder.config), made=made, model=net.state_dict())
     write_set(tmp_path / "set", 2)
-    go("--ckpt", tmp_path / "best.pt", "--split", "all", "--device", "cpu")
+    go("--device", "cpu", f"--ckpt={tmp_path / 'best.pt'}", "--split", "all")
     m = json.loads((tmp_path / "eval-all/metrics.json").read_text())
     assert m["cases"] == 2 and 0 <= m["grids"]["own"]["mean"]["dice"]["value"] < 0.6
     where = place("cpu", "fp32")
-    net, made, _ = ev.open_segmenter(type("Args", (), dict(ckpt=tmp_path / "best.pt", overlap=None, device="cpu", dtype="fp32", kernels="torch")))
+    net, made, _ = ev.open_segmenter(type("Args", (), dict(ckpt=tmp_path / "best.pt", overlap=None, device="cpu", dtype="fp32", kernels="torch", windows=2)))
     volume = np.random.default_rng(0).random((20, 16, 16)).astype(np.float16)
     logits = ev.segment(net, made, volume, type("Args", (), dict(windows=2, mirror=False)), where)
     with torch.no_grad():
@@ -273,7 +299,7 @@ def test_cls_scores_the_split_that_is_named(go, tmp_path):
         expected = model(x).softmax(1)[:, 1]
     assert np.allclose([float(r["p_1"]) for r in rows], expected, atol=1e-4)
     pos, neg = expected[1::2], expected[::2]
-    assert m["test"]["auc"]["value"] == pytest.approx(((pos[:, None] > neg).float() + 0.5 * (pos[:, None] == neg)).mean().item())
+    assert m["scores"]["auc"]["value"] == pytest.approx(((pos[:, None] > neg).float() + 0.5 * (pos[:, None] == neg)).mean().item())
     with pytest.raises(BadInput, match="format is 'ar3d-classifier-1', and 'ar3d-seg-1' is needed"):
         go("seg", "--ckpt", tmp_path / "best.pt")
 

@@ -232,15 +232,21 @@ def test_image_order_and_causal_attention(script, tmp_path):
 
 
 def test_triton_trains_the_same_model(script, tmp_path):
-    """Two steps with the kernels, under Triton's interpreter, from int16 voxels and with sub-images that end within a patch."""
+    """A step with the kernels, under Triton's interpreter, from int16 voxels and with sub-images that end within a patch."""
     if torch.cuda.is_available():
         pytest.skip("a GPU has its own test of a step")
-    flags = ["--size", "nano", "--dtype", "fp32", "--steps", 2, "--volume", 16, "--stride", 1, "--batch", 1, "--val-samples", 1, "--warmup", 0, "--log-every", 2]
+    flags = ["--size", "nano", "--dtype", "fp32", "--steps", 1, "--volume", 16, "--stride", 1, "--batch", 1, "--val-samples", 1, "--warmup", 0]
     for kernels in ("torch", "triton"):
         done = script("pretrain.py", *flags, "--kernels", kernels, "--out", tmp_path / kernels)
         assert f"--kernels {kernels}: {kernels} (asked for" in done.stdout
     a, b = ([[r[k] for k in ("loss", "grad_norm", "val_loss") if k in r] for r in read_log(tmp_path / k / "log.jsonl")] for k in ("torch", "triton"))
     assert len(a) == 3 and all(x == pytest.approx(y, rel=1e-4) for x, y in zip(a, b))
+
+
+def test_two_ranks_probe_without_waiting_for_ever(script, tmp_path, phantom_home):
+    script("pretrain.py", *SMALL, "--steps", 2, "--probe-every", 2, "--data", phantom_home / "data/phantom/corpus", "--probe-data", "data/phantom/amos",
+           "--out", tmp_path / "two", ranks=2)
+    assert [r["step"] for r in read_log(tmp_path / "two/log.jsonl") if "probe_knn_f1" in r] == [0, 2]
 
 
 def test_probing_leaves_the_run_as_it_is(script, tmp_path):

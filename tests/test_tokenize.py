@@ -332,6 +332,14 @@ def test_pretraining_on_codes_resumes_and_serves_as_encoder(call, trained, tmp_p
     metrics = json.loads((whole / "metrics.json").read_text())
     assert metrics["unigram_entropy"].keys() == metrics["val"].keys() and (whole / "samples.png").stat().st_size > 0
 
+    # a head for other codes is not kept, one for the same is
+    other = load_checkpoint(trained / "ckpt.pt")
+    other["model"]["quantiser.codes"] = other["model"]["quantiser.codes"].flip(1)
+    torch.save(other, tmp_path / "other.pt")
+    for tokenizer, anew in ((tmp_path / "other.pt", True), (trained / "ckpt.pt", False)):
+        call(pretrain, *SMALL, "--steps", 1, "--target", "vq", "--tokenizer", tokenizer, "--init", whole / "ckpt.pt", "--out", tmp_path / f"from-{anew}")
+        assert ("the head starts anew" in capsys.readouterr().out) == anew
+
     call(pretrain, *SMALL, "--steps", 1, "--target", "both", "--tokenizer", trained / "ckpt.pt", "--init", whole / "ckpt.pt", "--out", tmp_path / "both")
     assert "pixels_spatial" in read_log(tmp_path / "both/log.jsonl")[-1]
     for flags, words in ((["--target", "vq"], "make it with python tokenize_vq.py --patch 8"),
