@@ -47,8 +47,8 @@ from common import (BadInput, auc, cli, cores, decide, draw_confusion, draw_over
 from kernels import choose
 from model import (CLS_FORMAT, FORMAT, SEGMENTER, Classifier, Config, Model, dense_probe, fit, grid_of, load_pretrained, load_segmenter,
                    overlap_counts, patchify, positions, probe_scores, sliding_window, standardise, to_unit, token_grid, unpatchify, whole_patches)
-from serialize import (CLS_TASKS, FLAVOURS, KINDS, LABELS, NIFTI, SEG_TASKS, SITK, Sequences, cls_data, cls_task, cut, ensure_phantom,
-                       find_cases, invert, labelled_cases, list_cases, load_volume, nearest, open_array, prepare, prepare_whole, read_case,
+from serialize import (CLS_TASKS, FLAVOURS, KINDS, LABELS, NIFTI, SEG_TASKS, SITK, Sequences, cls_data, cls_task, cut, find_cases,
+                       find_corpus, invert, labelled_cases, list_cases, load_volume, nearest, open_array, prepare, prepare_whole, read_case,
                        read_index, read_scan, resize, scans_under, smooth, stem_of, suffix_of, to_own_axes, uncut, window_of, window_of_case)
 
 # ---------------------------------------------------------------- surface scores
@@ -591,7 +591,7 @@ def place_of(patch, width, x):
 
 def lesions(args, was, config, edge, where):
     """The lesions of a corpus, each alone as it stands in a semantic sequence; patients that validate there are scored."""
-    corpus = corpus_of(args.corpus, None)
+    corpus = find_corpus(where, args.corpus)
     images = was.get("images") or config.images
     size, depth = edge, edge // images
     grid_of((size, size, depth), config.patch)
@@ -776,7 +776,7 @@ def next_patch(args):
         raise BadInput(f"--samples {args.samples} --completions {args.completions}: at least 1, and no more completions than samples")
     model.to(where.device).use(choose(args.kernels, where.device)[0])
     size = args.volume or was.get("volume") or 128
-    corpus = corpus_of(args.data, was.get("data"))
+    corpus = find_corpus(where, args.data, was.get("data"))
     data = Sequences(corpus, "val", size, was.get("images") or model.config.images, args.stride or was.get("stride") or 8, seed=args.seed)
     G = int(np.prod(grid_of([size] * 3, model.config.patch)))
     prefixes = [G * e // 8 for e in EIGHTHS]
@@ -814,12 +814,6 @@ def pixel_model(model, path):
     pixels = Model(Config(**{**asdict(c), "target": "pixel", "codes": 0, "groups": 1}))
     fit(pixels, {k: w[:c.patch ** 3] if k.startswith("head.") else w for k, w in model.state_dict().items()}, path)
     return pixels.eval()
-
-
-def corpus_of(given, before):
-    """The corpus that was named, else the one of the run, else data/corpus, else the phantom's, which is made if need be."""
-    known = next((c for c in (given, before, "data/corpus") if c and (c == given or Path(c, "index.jsonl").exists())), None)
-    return known or ensure_phantom(say=tqdm.write)
 
 
 def batches_of(sets, where, size=8):

@@ -30,7 +30,7 @@ from common import (BadInput, Log, StopRequest, cli, cosine_lr, keep_earlier_run
 from kernels import choose
 from model import (FORMAT, SIZES, Config, Model, Tokenizer, TokenizerConfig, checkpoint_state, dense_probe, fit, grid_of,
                    load_pretrained, load_tokenizer, standardise, tokenizer_state, unpatchify)
-from serialize import KINDS, PUBLISHED, Sequences, ensure_phantom, labelled_cases, parse_mix
+from serialize import KINDS, PUBLISHED, Sequences, find_corpus, labelled_cases, parse_mix
 
 # ---------------------------------------------------------------- arguments
 
@@ -154,19 +154,6 @@ def same_codes(path, tokenizer):
 
 
 # ---------------------------------------------------------------- data
-
-
-def find_corpus(args, where):
-    """The corpus to train on; without one, rank 0 builds the phantom's while the others wait."""
-    if args.data is None:
-        args.data = "data/corpus"
-        if not Path(args.data, "index.jsonl").exists():
-            where.say("no --data and no data/corpus: training on phantom patients")
-            if where.main:
-                ensure_phantom(say=where.say)
-            where.barrier()
-            args.data = "data/phantom/corpus"
-    return args.data
 
 
 def micro_batches(first_step, args, where):
@@ -552,7 +539,7 @@ def main():
         return bench(model, net, G, args, where, tokenizer)
 
     # data
-    corpus = find_corpus(args, where)
+    corpus = args.data = find_corpus(where, args.data)
     sequences = dict(corpus=corpus, size=args.volume, images=args.images, stride=args.stride, seed=args.seed)
     probe = Sequences(**sequences, split="train")
     train = Sequences(**sequences, split="train", mix=parse_mix(args.mix, probe.have))

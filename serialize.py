@@ -1101,6 +1101,19 @@ def ensure_phantom(size="small", seed=0, workers=None, say=print):
     return corpus
 
 
+def find_corpus(where, named=None, before=None):
+    """The corpus that was named, else that of an earlier run if it is there, else data/corpus, else the phantom's, which rank 0
+    makes while the others wait."""
+    for known in (named, before, "data/corpus"):
+        if known and (known == named or Path(known, "index.jsonl").exists()):
+            return str(known)
+    where.say("no corpus named and no data/corpus: made-up patients it is")
+    if where.main:
+        ensure_phantom(say=where.say)
+    where.barrier()
+    return "data/phantom/corpus"
+
+
 def collect(spatial=(), contrast=(), semantic=None, exclude=LABELS, patient=None):
     """Jobs for what the command line names, and what was left out before a file was opened."""
     parts = [spatial_jobs(spatial, exclude, patient), contrast_jobs(contrast)]

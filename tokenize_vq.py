@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common import (BadInput, Log, StopRequest, cli, cosine_lr, keep_earlier_run, leave, load_checkpoint, place,
                     random_states, read_log, resumed_args, save_checkpoint, set_random_states, write_beside, write_json)
 from model import TOKENIZER, Tokenizer, TokenizerConfig, fit, grid_of, load_tokenizer, patchify, to_unit, tokenizer_state, unpatchify
-from serialize import KINDS, Sequences, ensure_phantom, open_array, parse_mix, read_index, window_of
+from serialize import KINDS, Sequences, find_corpus, open_array, parse_mix, read_index, window_of
 
 # ---------------------------------------------------------------- arguments
 
@@ -123,19 +123,6 @@ def config_of(args):
 
 
 # ---------------------------------------------------------------- data
-
-
-def find_corpus(args, where):
-    """The corpus to learn from; without one, rank 0 builds the phantom's while the others wait."""
-    if args.data is None:
-        args.data = "data/corpus"
-        if not Path(args.data, "index.jsonl").exists():
-            where.say("no --data and no data/corpus: learning from phantom patients")
-            if where.main:
-                ensure_phantom(say=where.say)
-            where.barrier()
-            args.data = "data/phantom/corpus"
-    return args.data
 
 
 def steps_of(first_step, args, where):
@@ -466,7 +453,7 @@ def encode_corpus(args, where):
     """
     out = Path(args.out)
     tokenizer = load_tokenizer(out / "ckpt.pt").to(where.device)  # the one that pretrain.py takes, too
-    P, corpus = tokenizer.config.patch, find_corpus(args, where)
+    P, corpus = tokenizer.config.patch, find_corpus(where, args.data)
     rows, first = [], 0
     for row in {r["file"]: r for r in read_index(corpus)}.values():
         grid = [-(-n // P) for n in row["shape"]]
@@ -524,7 +511,7 @@ def main():
               f"{sum(w.numel() for w in tokenizer.parameters()) / 1e6:.1f} M parameters, {where.world} x {where.device.type}")
 
     # data
-    corpus = find_corpus(args, where)
+    corpus = args.data = find_corpus(where, args.data)
     sequences = dict(corpus=corpus, size=args.volume, images=args.images, stride=args.stride, seed=args.seed)
     probe = Sequences(**sequences, split="train")
     train = Sequences(**sequences, split="train", mix=parse_mix(args.mix, probe.have))
