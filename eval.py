@@ -144,7 +144,7 @@ def open_segmenter(args):
     if args.windows < 1:
         raise BadInput(f"--windows {args.windows}: at least 1 is needed")
     made["overlap"] = made["overlap"] if args.overlap is None else args.overlap
-    net.encoder.use(choose(args.kernels, where.device)[0])
+    net.encoder.use(kernels_of(args, where))
     return net.to(where.device).eval(), made, where
 
 
@@ -299,7 +299,7 @@ def classification(args):
     was, where = state["args"], place(args.device, args.dtype)
     model = Classifier(Model(Config(**state["config"])), len(state["classes"]), state["pool"])
     fit(model, state["model"], args.ckpt)
-    model.encoder.use(choose(args.kernels, where.device)[0])
+    model.encoder.use(kernels_of(args, where))
     model.to(where.device).eval()
     name = args.task or was["task"]
     task = cls_task(name, was["flavour"])
@@ -519,7 +519,7 @@ def probe(args):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         blank = Model(c)
-    kernels = choose(args.kernels, where.device)[0]
+    kernels = kernels_of(args, where)
     name = "checkpoint" + (f", block {args.layer}" if args.layer is not None else "")
     encoders = {name: tokens_of(model, args.layer, kernels, where), "random weights": tokens_of(blank, args.layer, kernels, where),
                 "raw voxels": lambda x: voxels_of(x.to(where.device), c.patch), "position alone": partial(place_of, c.patch, c.width)}
@@ -774,7 +774,7 @@ def next_patch(args):
     model = pixel_model(model, args.ckpt)
     if args.samples < 1 or not 0 <= args.completions <= args.samples:
         raise BadInput(f"--samples {args.samples} --completions {args.completions}: at least 1, and no more completions than samples")
-    model.to(where.device).use(choose(args.kernels, where.device)[0])
+    model.to(where.device).use(kernels_of(args, where))
     size = args.volume or was.get("volume") or 128
     corpus = find_corpus(where, args.data, was.get("data"))
     data = Sequences(corpus, "val", size, was.get("images") or model.config.images, args.stride or was.get("stride") or 8, seed=args.seed)
@@ -1284,6 +1284,13 @@ def command(commands, name, help, **defaults):
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the matrix products")
     p.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help="auto: Triton's (kernels/) on CUDA, else PyTorch")
     return p
+
+
+def kernels_of(args, where):
+    """torch or triton, and aloud why."""
+    kernels, why = choose(args.kernels, where.device)
+    where.say(f"--kernels {args.kernels}: {kernels} ({why})")
+    return kernels
 
 
 def window_flags(p):

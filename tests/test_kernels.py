@@ -275,6 +275,28 @@ def test_operators_compile_without_a_break(backend):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("order, target", [("raster", "pixel"), ("image", "both")])
+def test_the_model_with_kernels_is_the_model_and_compiles_as_one_graph(order, target):
+    model = Model(Config(width=48, layers=2, heads=2, patch=4, order=order, target=target, codes=8)).to(DEVICE)
+    volume = torch.randint(-100, 100, (2, 8, 8, 16), dtype=torch.int16, device=DEVICE)
+    window, prefix = torch.tensor([-50.0, 60], device=DEVICE).expand(2, 4, 2).contiguous(), torch.tensor([3, 9], device=DEVICE)
+    codes = torch.randint(0, 8, (2, 16, 1), device=DEVICE)
+
+    def step():
+        loss = model(volume, prefix, window, codes=codes)[0]
+        loss.sum().backward()
+        grads = [w.grad.clone() for w in model.parameters()]
+        model.zero_grad()
+        return [loss.detach(), *grads]
+    plain = step()
+    model.use("triton")
+    fused = step()
+    model.compile(fullgraph=True, backend="aot_eager")
+    for name, found in (("triton", fused), ("compiled", step())):
+        for a, b in zip(plain, found, strict=True):
+            close(b, a.double(), torch.float32, name)
+
+
 # ---------------------------------------------------------------- choice, bench, gate
 
 
