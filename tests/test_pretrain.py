@@ -231,6 +231,7 @@ def test_image_order_and_causal_attention(script, tmp_path):
     assert load_pretrained(tmp_path / "a/ckpt.pt").config.order == "image"
 
 
+@pytest.mark.slow
 def test_triton_trains_the_same_model(script, tmp_path):
     """A step with the kernels, under Triton's interpreter, from int16 voxels and with sub-images that end within a patch."""
     if torch.cuda.is_available():
