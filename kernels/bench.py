@@ -420,7 +420,7 @@ TARGETS = {
 
 def row(part, rival, N, what, ms, flops):
     return dict(part=part, rival=rival, n=N, what=what, ms=round(ms[0], 4), p20=round(ms[1], 4), p80=round(ms[2], 4),
-                tflops=round(flops / ms[0] / 1e9, 2))
+                tflops=float(f"{flops / ms[0] / 1e9:.4g}"))
 
 
 def is_h100(device):
@@ -461,9 +461,11 @@ def draw(path, rows, title):
             ax.plot(*zip(*points), "o-", label=rival)
         ax.set(xscale="log", xlabel="tokens", ylabel="useful TFLOP/s", title=what, ylim=(0, None))
         ax.set_xticks(sorted({r["n"] for r in rows}), [str(n) for n in sorted({r["n"] for r in rows})], minor=False)
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     fig.suptitle(title, fontsize=10)
+    fig.tight_layout()
     with write_beside(path) as tmp:
         fig.savefig(tmp, dpi=110, bbox_inches="tight")
     plt.close(fig)
