@@ -1,10 +1,10 @@
 """Evaluation: scores of segmenters and classifiers, label maps of new scans, frozen features, next-patch errors, the table.
 
-    python eval.py seg --ckpt out/seg-phantom/best.pt --grid both    # Dice, surface Dice, HD95, volumes: 1 minute on two cores
+    python eval.py seg --ckpt out/seg-phantom/best.pt --grid both    # Dice, surface Dice, HD95, volumes: 8 s on two cores
     python eval.py cls --ckpt out/cls-nodule-phantom/best.pt         # AUC and the rest, with intervals
     python eval.py predict --ckpt out/seg-amos/best.pt SCAN… --out out/predict       # label maps on the scans' own grids
-    python eval.py probe --ckpt out/pretrain/ckpt.pt                 # kNN and linear probes of frozen features: 1 minute
-    python eval.py pretrain --ckpt out/pretrain/ckpt.pt              # loss by kind, prefix and position, completions: half a minute
+    python eval.py probe --ckpt out/pretrain/ckpt.pt                 # kNN and linear probes of frozen features: 21 s
+    python eval.py pretrain --ckpt out/pretrain/ckpt.pt              # loss by kind, prefix and position, completions: 16 s
     python eval.py table out/*                                       # all fine-tuning runs: mean ± sd, paired tests
     python eval.py seg --bench                                       # time to score a 512 x 512 x 200 case of 16 classes
     python eval.py --ckpt FILE                                       # the sub-command that fits the checkpoint

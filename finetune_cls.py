@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from common import (BadInput, Log, StopRequest, auc, cli, cores, cosine_lr, deci
                     load_checkpoint, measure, parallel, place, poly_lr, read_json, read_log, resumed_args, save_checkpoint,
                     save_figure, text_of, thresholds_of, with_intervals, write_json, write_table)
 from kernels import choose
-from model import CLS_FORMAT, SIZES, Classifier, Config, Model, fit, grid_of, layer_decay_groups, load_pretrained
+from model import CLS_FORMAT, SIZES, Classifier, Config, Model, fit, grid_of, layer_decay_groups, load_pretrained, logistic, scores_of
 from serialize import CLS_TASKS, FLAVOURS, SPLITS, cls_data, cls_task, list_cases, load_volume, prepare_whole
 
 # ---------------------------------------------------------------- arguments
@@ -204,33 +203,23 @@ def augment(volume, flips):
 # ---------------------------------------------------------------- shortcut baseline
 
 
-def logistic(x, y, K, l2=1.0):
-    """Multinomial logistic regression on x [N, F], the sum of cross-entropies + l2/2 · |W|²: a function x -> probs [N, K].
+def fit_logistic(x, y, K, l2=1.0):
+    """Logistic regression (`model.logistic`) on x [N, F], l2 against the sum of cross-entropies: a function x -> probs [N, K].
 
     Features are standardised by x; those that are constant in it are left out.
     """
     mean, sd = x.mean(0), x.std(0)
     varied = sd > 1e-9 * (1 + np.abs(mean))
-    scaled = lambda a: np.clip((a[:, varied] - mean[varied]) / sd[varied], -5, 5)  # noqa: E731
-    softmax = lambda z: (lambda e: e / e.sum(1, keepdims=True))(np.exp(z - z.max(1, keepdims=True)))  # noqa: E731
-    a, target = np.c_[scaled(x), np.ones(len(x))], np.eye(K)[y]
-
-    def loss(w):
-        w = w.reshape(-1, K)
-        p = softmax(a @ w)
-        grad = a.T @ (p - target)
-        grad[:-1] += l2 * w[:-1]                                                       # the bias is not shrunk
-        return -np.log((p * target).sum(1) + 1e-300).sum() + l2 / 2 * (w[:-1] ** 2).sum(), grad.ravel()
-
-    w = minimize(loss, np.zeros(a.shape[1] * K), jac=True, method="L-BFGS-B").x.reshape(-1, K)
-    return lambda b: softmax(np.c_[scaled(b), np.ones(len(b))] @ w)
+    scaled = lambda a: torch.from_numpy(np.clip((a[:, varied] - mean[varied]) / sd[varied], -5, 5))  # noqa: E731
+    w = logistic(scaled(x), torch.from_numpy(y), K, l2 / len(x), tolerance=1e-9)
+    return lambda b: scores_of(w, scaled(b)).softmax(1).numpy()
 
 
 def shortcut(train, test, K, args, seed):
     """The test AUC that header and intensity statistics alone reach, and how many of them vary."""
     table = lambda cases: np.stack([c["statistics"] for c in cases])  # noqa: E731
     x, y = table(train), np.array([c["label"] for c in train])
-    probs = logistic(x, y, K)(table(test))
+    probs = fit_logistic(x, y, K)(table(test))
     labels, patients = (np.array([c[k] for c in test]) for k in ("label", "patient"))
     found = with_intervals(labels, probs, patients, [0.5] * K, args.bootstrap, seed)["auc"]
     return {**found, "features": int((x.std(0) > 1e-9 * (1 + np.abs(x.mean(0)))).sum())}

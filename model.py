@@ -238,9 +238,8 @@ class Model(nn.Module):
         begin = self.begin.to(x.dtype).expand(len(x), 1, -1)
         return torch.cat([begin, x], 1)
 
-    def fused_tokens(self, volume, window, grid, order, count):
-        """The same from the volume as it is, whose patches are never written down: [B, 1 + count, C]."""
-        low, scale = unit_map(window)
+    def fused_tokens(self, volume, low, scale, grid, order, count):
+        """The same from the volume as it is (low, scale: see `unit_map`), whose patches are never written down: [B, 1 + count, C]."""
         table = positions(grid, self.config.width, volume.device)
         return self.fused.patch_embed(volume, low, scale, self.embed.weight, self.embed.bias, table if order is None else table[order],
                                       order, count, self.begin)
@@ -270,7 +269,8 @@ class Model(nn.Module):
         if self.fused:
             grid = grid_of(volume.shape[1:], c.patch)
             order = token_order(grid, c.images, c.order, volume.device)
-            x = self.fused_tokens(volume, window, grid, order, grid[0] * grid[1] * grid[2] - 1)
+            low, scale = unit_map(window)
+            x = self.fused_tokens(volume, low, scale, grid, order, grid[0] * grid[1] * grid[2] - 1)
         else:
             patches, grid, order = self.sequence(volume, window)
             x = self.tokens(patches[:, :-1], grid, order)                              # [B, G, C]
@@ -281,7 +281,7 @@ class Model(nn.Module):
         if c.target != "vq":
             pixels = out[..., :c.patch ** 3]
             if self.fused:
-                errors.append(self.fused.patch_loss(pixels, volume, *unit_map(window), order, prefix))
+                errors.append(self.fused.patch_loss(pixels, volume, low, scale, order, prefix))
             else:
                 errors.append((pixels.float() - standardise(patches)[0]).square().mean(-1))  # [B, G]
             preds.append(pixels)
@@ -302,7 +302,7 @@ class Model(nn.Module):
         """
         grid = grid_of(volume.shape[1:], self.config.patch)
         if self.fused:
-            x = self.fused_tokens(volume, window, grid, None, None)
+            x = self.fused_tokens(volume, *unit_map(window), grid, None, None)
         else:
             x = self.tokens(patchify(volume if window is None else to_unit(volume, window), self.config.patch), grid)
         hidden = []
@@ -599,10 +599,13 @@ def knn(x, y, K, query, k=20, temperature=0.07):
 
 
 @torch.enable_grad()
-def logistic(x, y, K, l2, start=None):
-    """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2/2 · |W|², the bias free; weights [K, F + 1]."""
-    w = (torch.zeros(K, x.shape[1] + 1, device=x.device) if start is None else start.clone()).requires_grad_()
-    optimiser = torch.optim.LBFGS([w], max_iter=100, history_size=10, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+def logistic(x, y, K, l2, start=None, tolerance=1e-5):
+    """Multinomial logistic regression by L-BFGS: mean cross-entropy + l2/2 · |W|², the bias free; weights [K, F + 1].
+
+    It stops where a step changes the weights, or the loss, by less than `tolerance`.
+    """
+    w = (x.new_zeros(K, x.shape[1] + 1) if start is None else start.clone()).requires_grad_()
+    optimiser = torch.optim.LBFGS([w], max_iter=100, history_size=10, tolerance_change=tolerance, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()

@@ -24,9 +24,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (BadInput, Log, StopRequest, cli, cosine_lr, keep_earlier_run, leave, load_checkpoint, matmul_rate,
-                    peak_memory, place, random_states, read_log, resumed_args, save_checkpoint, set_random_states,
-                    write_beside, write_json)
+from common import (BadInput, Log, StopRequest, cli, cosine_lr, figure_of, keep_earlier_run, leave, load_checkpoint, matmul_rate,
+                    peak_memory, place, random_states, read_log, resumed_args, save_checkpoint, save_figure, set_random_states,
+                    write_json)
 from kernels import choose
 from model import (FORMAT, SIZES, Config, Model, Tokenizer, TokenizerConfig, checkpoint_state, dense_probe, fit, grid_of,
                    load_pretrained, load_tokenizer, standardise, tokenizer_state, unpatchify)
@@ -292,11 +292,8 @@ def unigram_entropy(model, tokenizer, batches, where):
 
 
 def draw_code_curves(path, rows, entropy):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     val = [r for r in rows if "val_loss" in r]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    fig, [(left, right)] = figure_of((11, 4), 1, 2)
     for kind, colour in zip(KINDS, ("tab:blue", "tab:orange", "tab:green")):
         points = [r for r in val if f"nats_{kind}" in r]
         if points:
@@ -311,18 +308,13 @@ def draw_code_curves(path, rows, entropy):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     fig.tight_layout()
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=110)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def draw_curves(path, rows, trivial):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     val = [r for r in rows if "val_loss" in r]
-    fig, ax = plt.subplots(figsize=(8, 5))
+    fig, [[ax]] = figure_of((8, 5))
     if train:
         ax.plot(*zip(*train), color="0.75", lw=1, label="training")
     for kind, colour in zip(KINDS, ("tab:blue", "tab:orange", "tab:green")):
@@ -334,9 +326,7 @@ def draw_curves(path, rows, trivial):
     ax.set(xlabel="step", ylabel="mean squared error of standardised patches", title="next-patch prediction")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.grid(alpha=0.3)
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=110, bbox_inches="tight")
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 @torch.no_grad()
@@ -345,13 +335,10 @@ def draw_samples(path, model, data, where, args, tokenizer=None):
 
     Where codes are predicted, the decoded codes of the truth and the predicted ones, instead or as well.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     names = ["truth: the middle slice of each sub-image", "what the prefix shows"]
     names += ["each next patch, predicted from the true ones before it"] * (args.target != "vq")
     names += ["the truth's codes, decoded", "each next code, predicted from what precedes it"] * (tokenizer is not None)
-    fig, axes = plt.subplots(len(data.kinds), len(names), figsize=(4.6 / 3 * len(names) * args.images, 1.8 * len(data.kinds)), squeeze=False)
+    fig, axes = figure_of((4.6 / 3 * len(names) * args.images, 1.8 * len(data.kinds)), len(data.kinds), len(names))
     middle = [s * data.depth + data.depth // 2 for s in range(args.images)]
     for row, kind in enumerate(data.kinds):
         b = to_device(torch.utils.data.default_collate([data[row]]), where.device)
@@ -379,9 +366,7 @@ def draw_samples(path, model, data, where, args, tokenizer=None):
             ax.set_facecolor("tab:blue")
             ax.set(xticks=[], yticks=[], ylabel=None if i else kind, title=None if row else name)
     fig.tight_layout()
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=80)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------- training step

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (BadInput, Log, StopRequest, cli, cosine_lr, keep_earlier_run, leave, load_checkpoint, place,
-                    random_states, read_log, resumed_args, save_checkpoint, set_random_states, write_beside, write_json)
+from common import (BadInput, Log, StopRequest, cli, cosine_lr, figure_of, keep_earlier_run, leave, load_checkpoint, place,
+                    random_states, read_log, resumed_args, save_checkpoint, save_figure, set_random_states, write_beside, write_json)
 from model import TOKENIZER, Tokenizer, TokenizerConfig, fit, grid_of, load_tokenizer, patchify, to_unit, tokenizer_state, unpatchify
 from serialize import KINDS, Sequences, find_corpus, open_array, parse_mix, read_index, window_of
 
@@ -315,12 +315,9 @@ def of_patches(rebuild, patch):
 
 
 def draw_curves(path, rows, args):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     val = [r for r in rows if "val_mse" in r]
     train = [(r["step"], -10 * math.log10(r["loss"])) for r in rows if "loss" in r]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    fig, [(left, right)] = figure_of((11, 4), 1, 2)
     if train:
         left.plot(*zip(*train), color="0.75", lw=1, label="training")
     for kind, colour in zip(KINDS, ("tab:blue", "tab:orange", "tab:green")):
@@ -338,19 +335,14 @@ def draw_curves(path, rows, args):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     fig.tight_layout()
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=110)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 @torch.no_grad()
 def draw_samples(path, rebuilds, data, where, args):
     """For a held-out sequence of each kind, the middle slice of each sub-image: truth, and each of {name: rebuild}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     columns = 1 + len(rebuilds)
-    fig, axes = plt.subplots(len(data.kinds), columns, figsize=(1.5 * args.images * columns, 1.8 * len(data.kinds)), squeeze=False)
+    fig, axes = figure_of((1.5 * args.images * columns, 1.8 * len(data.kinds)), len(data.kinds), columns)
     middle = [s * data.depth + data.depth // 2 for s in range(args.images)]
     for row, kind in enumerate(data.kinds):
         b = to_device(torch.utils.data.default_collate([data[row]]), where.device)
@@ -362,17 +354,12 @@ def draw_samples(path, rebuilds, data, where, args):
             ax.set(xticks=[], yticks=[], ylabel=kind if name == "truth" else None,
                    title=name if not error else f"{name}: {-10 * math.log10(error):.1f} dB")
     fig.tight_layout()
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=90)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 @torch.no_grad()
 def draw_codebook(path, tokenizer, counts, most=96):
     """The most used codes of each group, decoded among 26 of their own kind, the others at their most used: middle slices."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     c, rows = tokenizer.config, []
     order = counts.argsort(1, descending=True)[:, :most]                               # [g, n]
     for group in range(c.groups):
@@ -385,15 +372,13 @@ def draw_codebook(path, tokenizer, counts, most=96):
         e = tiles.shape[-1]
         rows.append(tiles.view(-1, 24, e, e).transpose(1, 2).reshape(-1, 24 * e))
     image = torch.cat(rows).cpu()
-    fig, ax = plt.subplots(figsize=(12, 12 * image.shape[0] / image.shape[1] + 0.4))
+    fig, [[ax]] = figure_of((12, 12 * image.shape[0] / image.shape[1] + 0.4))
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
     ax.set_facecolor("tab:blue")
     ax.set(xticks=[], yticks=[], title=f"the {order.shape[1]} most used of {c.codes} codes, the most used first"
            + (f", of each of {c.groups} groups" if c.groups > 1 else ""))
     fig.tight_layout()
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=90)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------- training step

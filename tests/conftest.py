@@ -29,6 +29,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skipif(True, reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def one_thread():
+    """Threads cost more than they bring on tensors this small, and much more where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def phantom_home(tmp_path_factory):
     """A folder with data/phantom/{amos,brats,deeplesion,corpus}, as pretrain.py makes it in the current folder."""

@@ -23,13 +23,7 @@ def where():
     return place("cpu", "fp32", 0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(home, *words, code=0):

@@ -173,9 +173,9 @@ def test_logistic_regression_finds_its_minimum():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 3))
     y = (x[:, 0] + 0.3 * rng.standard_normal(300) > 0).astype(int)
-    probs = cls.logistic(np.c_[x, np.ones(300)], y, 2)(np.c_[x, np.full(300, 7.0)])   # a constant column is left out
+    probs = cls.fit_logistic(np.c_[x, np.ones(300)], y, 2)(np.c_[x, np.full(300, 7.0)])   # a constant column is left out
     assert common.auc(y == 1, probs[:, 1]) > 0.97 and np.allclose(probs.sum(1), 1)
-    noise = cls.logistic(x, rng.integers(0, 2, 300), 2)(rng.standard_normal((300, 3)))
+    noise = cls.fit_logistic(x, rng.integers(0, 2, 300), 2)(rng.standard_normal((300, 3)))
     assert 0.4 < common.auc(y == 1, noise[:, 1]) < 0.6
 
 

@@ -23,13 +23,7 @@ SMALL = ["--preset", "nano", "--roi", 16, "--spacing", 1, 1, 1, "--window", 0, 1
          "--steps", 6, "--val-every", 3, "--log-every", 1, "--dtype", "fp32", "--features", 4, "--workers", 0, "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring on volumes this small, and much more where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save(path, values, affine=np.eye(4)):

@@ -8,13 +8,7 @@ from model import (Config, Model, class_scores, dense_probe, dense_tokens, knn, 
                    probe_scores, scores_of, token_grid, whole_patches)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def clusters(n, K, F, apart, seed=0):
