@@ -1,62 +1,70 @@
-"""What every script needs and no script should write twice: errors, files, processes, devices, checkpoints, schedules, logs.
+"""What every script needs and no script should write twice.
 
-Sections: errors · files · processes · devices · random states · checkpoints · schedules · subsets · logs ·
-classification scores · pictures · measuring
+Sections: errors · files · processes · flags · the machine · checkpoints and runs · batches and
+schedules · the loop · logs and figures
 """
+
 import argparse
 import contextlib
 import csv
-import hashlib
 import json
 import math
 import os
-import random
 import re
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- errors
+# ---- errors ----------------------------------------------------------------------------------
 
 
 class BadInput(ValueError):
-    """The user's input is at fault: the message names the file or flag, the value, and what to do."""
+    """The user's input is at fault: the message names file or flag, value and remedy."""
 
 
 def cli(main):
-    """Run a script's main(): BadInput becomes one line and exit code 2, Ctrl-C one line and exit code 130."""
+    """Run a script's main(): BadInput is one line and exit code 2, Ctrl-C one line and 130."""
     try:
         main()
     except BadInput as e:
-        rank = int(os.environ.get("RANK", 0))
-        print(f"error: {e}" if rank == 0 else f"error (rank {rank}): {e}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        prefix = f"error (rank {rank})" if rank else "error"
+        print(f"{prefix}: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- files
+# ---- files -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def write_beside(path):
-    """Yield a temporary path beside `path` (same suffixes) and rename it onto `path` once the block has ended well.
+    """Yield a temporary path beside `path` and rename it onto `path` once the block has ended well.
 
-    A reader sees the old file or the new one, never half of either; a failed block leaves nothing behind.
+    A reader sees the old file or the new one, never half of either; a failed block leaves nothing.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise BadInput(f"{path.parent}: a file is in the way of this folder; choose another --out") from None
-    tmp = path.with_name(f".tmp.{path.name}")  # a fixed name: what a kill leaves behind is overwritten, not piled up
+        raise BadInput(
+            f"{path.parent}: a file is in the way of this folder; choose another --out"
+        ) from None
+    tmp = path.with_name(f".tmp.{path.name}")  # a fixed name: what a kill leaves is overwritten
     try:
         yield tmp
         with open(tmp, "rb+") as f:
@@ -72,7 +80,7 @@ def write_json(path, value):
 
 
 def read_json(path, what):
-    """The JSON value in `path`; BadInput (naming `what` it should be) if it is absent or is not JSON."""
+    """The JSON value in `path`; BadInput (naming `what` it should be) if there is none."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -82,33 +90,34 @@ def read_json(path, what):
 
 
 def write_table(path, header, rows):
+    """A CSV file with line feeds."""
     with write_beside(path) as tmp, open(tmp, "w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows([header, *rows])
 
 
-# ---------------------------------------------------------------- processes
+# ---- processes -------------------------------------------------------------------------------
 
 
 def cores():
-    """CPU cores that this process may use (a container's or a scheduler's share, not the machine's)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def one_thread():
-    """In a worker: PyTorch's threads do not survive a fork, and a worker that waits for them waits for ever."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+    """CPU cores that this process may use (a container's or scheduler's share of the machine)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def parallel(fn, items, workers=None, desc=None):
-    """Yield fn(item) in the order of `items`, from `workers` processes (None: one a core; 0 or 1: this one), with a bar."""
+    """Yield fn(item) in the order of `items`, from `workers` processes (default: one a core).
+
+    0 or 1 worker is this process. A bar with `desc`, if it is given.
+    """
     items = list(items)
     workers = min(cores() if workers is None else workers, len(items))
-    bar = dict(total=len(items), desc=desc, disable=None if desc else True)
+    bar = {"total": len(items), "desc": desc, "disable": None if desc else True}
     if workers <= 1:
         yield from tqdm(map(fn, items), **bar)
         return
-    with ProcessPoolExecutor(workers, initializer=one_thread) as pool:
+    # PyTorch's threads do not survive a fork, and a worker that waits for them never ends
+    with ProcessPoolExecutor(workers, None, torch.set_num_threads, (1,)) as pool:
         try:
             yield from tqdm(pool.map(fn, items), **bar)
         except BaseException:
@@ -116,201 +125,281 @@ def parallel(fn, items, workers=None, desc=None):
             raise
 
 
-# ---------------------------------------------------------------- devices
+# ---- flags -----------------------------------------------------------------------------------
+
+# what --resume may change: the run stays the same
+FREE = {"resume", "data", "out", "device", "workers", "micro", "compile", "kernels"}
+FREE |= {"log_every", "val_every", "save_every", "stop_after"}
+
+
+def run_flags(p, out, seed=True):
+    """--out (by default `out`), --resume, --stop-after and --seed: the group, for more flags."""
+    g = p.add_argument_group("run")
+    g.add_argument("--out", default=None if "TASK" in out else out, help=f"folder (default {out})")
+    g.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    g.add_argument("--stop-after", type=int, metavar="N", help="save and leave after N steps")
+    if seed:
+        g.add_argument("--seed", type=int, default=0)
+    return g
+
+
+def machine_flags(p, workers=8, kernels=True, compiled=False):
+    """--device, --dtype and, for training (workers not None), --workers, --compile; --kernels."""
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    words = "of the matrix products; auto: bf16 where the hardware has it"
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=words)
+    if kernels:
+        words = "auto: Triton's (kernels/) on CUDA, else PyTorch"
+        choices = ["auto", "torch", "triton"]
+        g.add_argument("--kernels", choices=choices, default="auto", help=words)
+    if workers is not None:
+        words = f"loader processes a rank (default: {workers} with CUDA, 0 without)"
+        g.add_argument("--workers", type=int, help=words)
+        words = f"torch.compile (default: {'with CUDA' if compiled else 'no'})"
+        g.add_argument("--compile", action=argparse.BooleanOptionalAction, help=words)
+
+
+def report_flags(p, every, save="as --val-every"):
+    """--log-every, --val-every, --save-every, in steps; every, save: the defaults in words."""
+    g = p.add_argument_group("reports")
+    g.add_argument("--log-every", type=int, default=10, help="steps (default 10)")
+    g.add_argument("--val-every", type=int, help=f"steps (default {every})")
+    g.add_argument("--save-every", type=int, help=f"steps (default {save})")
+    return g
+
+
+def fill(args, recipe):
+    """Give each argument that is None its value in `recipe`, in place."""
+    for name, value in recipe.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def check_least(args, **least):
+    """BadInput where an argument (None: not asked) is less than its `least`."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: at least {low} is needed")
+
+
+def split_batch(args, machine, most):
+    """Check --batch against the ranks; args.micro becomes the samples of a pass on a device.
+
+    That is the largest divisor of a rank's share of the batch, up to --micro (default `most`).
+    """
+    if args.batch % machine.world:
+        raise BadInput(f"--batch {args.batch} does not divide over {machine.world} ranks")
+    share = args.batch // machine.world
+    most = min(share, args.micro or most)
+    args.micro = max(m for m in range(1, most + 1) if share % m == 0)
+
+
+# ---- the machine -----------------------------------------------------------------------------
 
 
 @dataclass
-class Place:
-    """Where this process runs: its rank among `world`, its device, and whether it is the one that prints and writes."""
+class Machine:
+    """This process: its rank among `world`, its device, and the type of its matrix products."""
+
     rank: int
     world: int
-    device: object
-    dtype: object
+    device: torch.device
+    dtype: torch.dtype
 
     @property
     def main(self):
+        """Whether this is the rank that prints and writes."""
         return self.rank == 0
+
+    @property
+    def cuda(self):
+        return self.device.type == "cuda"
 
     def say(self, *words):
         if self.main:
-            tqdm.write(" ".join(str(w) for w in words))
+            tqdm.write(" ".join(map(str, words)))
 
     def autocast(self):
-        import torch
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, tensor):
         """`tensor` added up over all ranks, in place."""
         if self.world > 1:
-            import torch.distributed as dist
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value):
         """`value` (anything that pickles) of every rank, as a list."""
-        if self.world == 1:
-            return [value]
-        import torch.distributed as dist
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self):
         if self.world > 1:
-            import torch.distributed as dist
             dist.barrier()
 
+    def wait(self):
+        """Until the device has done what it was given."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
 
-def place(device="auto", dtype="auto", seed=0):
-    """Join the process group if torchrun started us (NCCL on CUDA, gloo on CPU), choose device and dtype, seed everything.
 
-    device: auto, cpu, cuda or cuda:i. dtype: auto (bfloat16 where the hardware multiplies it, else float32), bf16, fp32.
+def setup(args, seed=None):
+    """The Machine that --device and --dtype ask for; joins torchrun's group, seeds PyTorch.
+
+    NCCL on CUDA, gloo on CPUs; bf16 by default where the hardware multiplies it.
     """
-    import torch
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not 0 <= seed < 2 ** 32 - world:
-        raise BadInput(f"--seed {seed}: a number from 0 to {2 ** 32 - world - 1}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise BadInput(f"--device {device}: auto, cpu, cuda or cuda:N")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"--device {device}: this PyTorch ({torch.__version__}) sees no CUDA device; use --device cpu")
-    if device == "cuda":
-        device = f"cuda:{local}"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise BadInput(f"{device}: there are {torch.cuda.device_count()} CUDA devices; lower --nproc_per_node, or name another --device")
+    world, rank, local = (
+        int(os.environ.get(k, d))
+        for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
+    seed = getattr(args, "seed", 0) if seed is None else seed
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"--seed {seed}: a number from 0 to {2**32 - 1}")
+    name = args.device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise BadInput(f"--device {name}: auto, cpu, cuda or cuda:N")
+    available = torch.cuda.is_available()
+    if name.startswith("cuda") and not available:
+        raise BadInput(
+            f"--device {name}: this PyTorch ({torch.__version__}) sees no CUDA device; "
+            "use --device cpu"
+        )
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise BadInput(
+                f"{device}: there are {torch.cuda.device_count()} CUDA devices; lower "
+                "--nproc_per_node, or name another --device"
+            )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    if dtype == "auto":
-        dtype = "bf16" if multiplies_bf16(device) else "fp32"
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    random.seed(seed + rank), np.random.seed(seed + rank), torch.manual_seed(seed)
-    return Place(rank, world, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    wants_bf16 = args.dtype == "bf16" or args.dtype == "auto" and multiplies_bf16(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    return Machine(rank, world, device, torch.bfloat16 if wants_bf16 else torch.float32)
 
 
 def keep_freed_memory():
-    """Have glibc keep what tensors free on a CPU: each mapped anew, the kernel zeroes its pages, a third of a ViT-B step."""
+    """Have glibc keep what tensors free on a CPU.
+
+    Mapped anew, the kernel zeroes the pages each time: a third of a ViT-B step.
+    """
     import ctypes
+
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library (macOS, musl, Windows): its own policy stays
+    except (AttributeError, OSError, TypeError):  # another C library: its own policy stays
         return
-    mallopt(-4, 0)            # M_MMAP_MAX: large blocks come from the heap
-    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: which is not handed back
+    mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not handed back
 
 
 def multiplies_bf16(device):
-    import torch
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    ask = [getattr(torch.cpu, f"_is_{isa}_supported", None) for isa in ("avx512_bf16", "amx_tile")]
-    return any(f() for f in ask if f)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def leave():
-    """Leave the process group, if there is one."""
-    import torch.distributed as dist
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def distribute(net, machine):
+    """`net` for several ranks, their gradients averaged (buffers agree by themselves)."""
+    if machine.world == 1:
+        return net
+    ids = [machine.device.index] if machine.cuda else None
+    with warnings.catch_warnings():  # PyTorch 2.13 has another name for it, which 2.11 lacks
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(net, ids, broadcast_buffers=False)
 
 
-class StopRequest:
-    """SIGTERM and Ctrl-C, remembered instead of obeyed: the loop asks `agreed()` and ends at a step of its own choosing.
-
-    A second Ctrl-C is obeyed at once.
-    """
-
-    def __init__(self):
-        self.asked = False
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self._hear)
-
-    def _hear(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def agreed(self, where):
-        """True on all ranks if any has been asked to stop. Costs a small all-reduce where there are several ranks."""
-        if where.world == 1:
-            return self.asked
-        import torch
-        return bool(where.sum(torch.tensor(float(self.asked), device=where.device)).item())
-
-
-# ---------------------------------------------------------------- random states
-
-
-def random_states(where):
-    """The state of every generator of every rank, in plain types: a list with one dict a rank."""
-    import torch
-    version, keys, pos, has_gauss, cached = np.random.get_state()
-    mine = {"torch": torch.get_rng_state(), "python": random.getstate(),
-            "numpy": [version, torch.from_numpy(keys.astype(np.int64)), int(pos), int(has_gauss), float(cached)]}
-    if where.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(where.device)
-    if where.world == 1:
-        return [mine]
-    import torch.distributed as dist
-    all_ranks = [None] * where.world
-    dist.all_gather_object(all_ranks, mine)
-    return all_ranks
-
-
-def set_random_states(states, where):
-    """Put back what `random_states` returned; a rank that the saved run did not have keeps its fresh seed."""
-    import torch
-    if where.rank >= len(states):
-        return
-    mine = states[where.rank]
-    version, state, gauss = mine["python"]
-    random.setstate((version, tuple(state), gauss))
-    version, keys, *rest = mine["numpy"]
-    np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(mine["torch"])
-    if where.device.type == "cuda" and "cuda" in mine:
-        torch.cuda.set_rng_state(mine["cuda"], where.device)
-
-
-# ---------------------------------------------------------------- checkpoints
+# ---- checkpoints and runs --------------------------------------------------------------------
 
 
 def save_checkpoint(path, **state):
-    """Write a dict of plain types and tensors, aside and then renamed. It must hold `format`, the name of its kind."""
-    import torch
+    """Write plain types and tensors, aside and then renamed; `format` names their kind."""
     if "format" not in state:
         raise ValueError("a checkpoint needs its format")
     with write_beside(path) as tmp:
         torch.save(state, tmp)
 
 
-def load_checkpoint(path, format=None, map_location="cpu"):
-    """The dict that `save_checkpoint` wrote. BadInput if it is absent, cut short, not ours, or of another format."""
-    import torch
+def load_checkpoint(path, format=None):
+    """The dict that `save_checkpoint` wrote, on the CPU.
+
+    BadInput if it is absent, cut short, not ours, or of another format.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as e:  # torch raises half a dozen types for a file that is cut short or holds a pickle
-        reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
-        raise BadInput(f"{path}: cannot be read as a checkpoint ({path.stat().st_size:,} bytes; {reason}); "
-                       "it may be cut short or not a PyTorch file: use an earlier one") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # noqa: BLE001  (half a dozen types, for a cut file or a pickle)
+        lines = str(e).strip().splitlines()
+        reason = lines[0][:120] if lines else type(e).__name__
+        raise BadInput(
+            f"{path}: cannot be read as a checkpoint ({path.stat().st_size:,} bytes; {reason}); "
+            "it may be cut short or not a PyTorch file: use an earlier one"
+        ) from None
     if not isinstance(state, dict):
         raise BadInput(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if format and state.get("format") != format:
-        raise BadInput(f"{path}: its format is {state.get('format')!r}, and {format!r} is needed here")
+        raise BadInput(
+            f"{path}: its format is {state.get('format')!r}, and {format!r} is needed here"
+        )
     return state
 
 
-def keep_earlier_run(out, say=print):
-    """Move the files of an earlier run in folder `out` to out/earlier-N, so that a new run overwrites nothing."""
+def resumed(parser, args, out, format):
+    """With --resume and a checkpoint in `out`: that run's arguments and its state, else as given.
+
+    A flag that this call gives and that is not FREE must have the run's value.
+    """
+    path = Path(out) / "ckpt.pt"
+    if not args.resume or not path.exists():
+        return args, None
+    state = load_checkpoint(path, format)
+    if "optimiser" not in state:
+        raise BadInput(f"{path}: holds weights alone; --init starts from them")
+    unset = object()
+    blank = argparse.Namespace(**{k: unset for k in vars(args)})
+    given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
+    saved = {**state["args"], "stop_after": None}
+    for k, v in given.items():
+        if k not in FREE and k in saved and v != saved[k]:
+            raise BadInput(
+                f"--{k.replace('_', '-')} {v}: the run to resume has {saved[k]}; leave the flag "
+                "out, or start a new run in another --out"
+            )
+    changed = {k: v for k, v in given.items() if k in FREE}
+    return argparse.Namespace(**{**vars(args), **saved, **changed, "out": str(out)}), state
+
+
+def open_run(out, args, machine, state=None):
+    """Make the folder of a run ready and return its Log (of which only rank 0's writes).
+
+    state: the checkpoint of a run that goes on; without one, what `out` holds of an earlier run is
+    moved to out/earlier-N.
+    """
     out = Path(out)
+    if state is None and args.resume:
+        machine.say(f"no checkpoint in {out}: starting at step 0")
+    if machine.main:
+        if state is None:
+            keep_earlier_run(out, machine.say)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "args.json", vars(args))
+    return Log(out / "log.jsonl" if machine.main else None, state and state["step"])
+
+
+def keep_earlier_run(out, say=print):
+    """Move the files of an earlier run in folder `out` to out/earlier-N: nothing is overwritten."""
     if not (out / "ckpt.pt").exists():
         return
     n = 1
@@ -320,313 +409,240 @@ def keep_earlier_run(out, say=print):
     for f in sorted(out.iterdir()):
         if f.is_file():
             os.replace(f, out / f"earlier-{n}" / f.name)
-    say(f"{out} held an earlier run: it is now in {out / f'earlier-{n}'} (--resume goes on with a run)")
+    say(f"{out} held an earlier run: it is now in {out / f'earlier-{n}'} (--resume goes on)")
 
 
-def resumed_args(parser, saved, free):
-    """Arguments of a run that goes on: those it was started with, save for flags in `free`, which this call may set anew.
+# ---- batches and schedules -------------------------------------------------------------------
 
-    BadInput if this call gives any other flag a value that the run was not started with.
+
+def micro_batches(first_step, args, machine):
+    """Endless lists of sample numbers for this rank's loader, from step `first_step` on.
+
+    A step takes `batch` successive samples; pass a of rank r is the (a · world + r)th run of
+    `micro` of them.
     """
-    unset = object()
-    blank = argparse.Namespace(**{a.dest: unset for a in parser._actions if a.dest != "help"})
-    given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
-    for k, v in given.items():
-        if k not in free and k in saved and v != saved[k]:
-            raise BadInput(f"--{k.replace('_', '-')} {v}: the run to resume has {saved[k]}; leave the flag out, "
-                           "or start a new run in another --out")
-    free_given = {k: v for k, v in given.items() if k in free}
-    return argparse.Namespace(**{**vars(parser.parse_args([])), **saved, **free_given})
+    start = first_step * args.batch + machine.rank * args.micro
+    while True:
+        yield list(range(start, start + args.micro))
+        start += args.micro * machine.world
 
 
-# ---------------------------------------------------------------- schedules
+def batches(dataset, numbers, machine, workers, **more):
+    """The samples of `dataset` that `numbers` lists, a batch a list, from `workers` processes."""
+    pin, ahead = machine.cuda, 2 if workers else None
+    loader = DataLoader(
+        dataset,
+        batch_sampler=numbers,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=ahead,
+        **more,
+    )
+    return iter(loader)
 
 
-def cosine_lr(step, steps, lr, warmup=0, final=0.0):
-    """Learning rate of `step` (0-based) out of `steps`: linear from 0 over `warmup` steps, then half a cosine to `final`."""
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def optimiser_step(optimiser, lr, clip=0.0, norm=False):
+    """Step with the rate `lr` (times a group's "scale"), gradients clipped to the norm `clip`.
+
+    Returns the gradients' norm (if it was clipped or is wanted, else None) and zeroes them.
+    """
+    weights = [w for group in optimiser.param_groups for w in group["params"]]
+    grads = [w.grad for w in weights if w.grad is not None]
+    length = torch.nn.utils.get_total_norm(grads) if clip or norm else None
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(weights, clip, length)
+    for group in optimiser.param_groups:
+        group["lr"] = group.get("scale", 1.0) * lr
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return length
+
+
+def cosine_lr(step, steps, lr, warmup=0):
+    """Rate of `step` (0-based) out of `steps`: linear over `warmup` steps, then half a cosine."""
     if step < warmup:
         return lr * (step + 1) / warmup
     t = (step - warmup) / max(1, steps - warmup)
-    return final + (lr - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
 
 
-def poly_lr(step, steps, lr, power=0.9):
-    """Learning rate of `step` (0-based) out of `steps`: from `lr` to 0 along a polynomial."""
-    return lr * (1 - min(step, steps) / steps) ** power
+# ---- the loop --------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------- subsets of labelled patients
+class Loop:
+    """The bookkeeping of a training loop: when to log, validate, save and stop; bar and clock.
 
+        loop = Loop(args, machine, log, first, steps, "training", samples_per_s=args.batch)
+        for step in loop:                       # first, first + 1, … steps − 1
+            loss, norm = train_step(…)          # tensors on the device
+            loop.took(loss, lr=lr, grad_norm=norm)
+            if loop.due(args.val_every):
+                with loop.paused():
+                    validate(loop.step)
+            if loop.saves:
+                with loop.paused():
+                    save(loop.step)
 
-def label_subset(patients, share, seed=0, strata=None):
-    """The `share` of `patients` whose labels a run may see, in the order given: a set is part of every larger one.
-
-    Patients stand in the order of a hash of (seed, patient), so neither the list's order nor its length matters to who
-    comes first. With `strata` (one a patient: its class) the share is of each stratum. At least one a stratum.
+    A row of the log has the means of the losses since the last row (each rank gives its share) and
+    each quantity a step of `per_second` as a rate, of training alone. SIGTERM and Ctrl-C end the
+    loop after the step under way (a second Ctrl-C is obeyed at once); --stop-after likewise.
     """
-    if not 0 < share <= 1:
-        raise BadInput(f"--labels {share:g}: a share of the training patients, above 0 and up to 1")
-    groups = {}
-    for patient, stratum in zip(patients, strata if strata is not None else [None] * len(patients)):
-        groups.setdefault(stratum, {})[patient] = None
-    rank = lambda p: hashlib.blake2b(f"{seed} {p}".encode(), digest_size=8).hexdigest()  # noqa: E731
-    chosen = {p for g in groups.values() for p in sorted(g, key=rank)[:max(1, round(share * len(g)))]}
-    return [p for p in dict.fromkeys(patients) if p in chosen]
+
+    def __init__(self, args, machine, log, first, steps, desc, **per_second):
+        self.args, self.machine, self.log, self.per_second = args, machine, log, per_second
+        self.step, self.steps = first, steps
+        self.last = min(steps, first + args.stop_after) if args.stop_after else steps
+        self.asked = self.stopping = self.enough = False
+        # asking other ranks whether to stop costs a GPU its queue: there only when a row is logged
+        self.asks = machine.world == 1 or not machine.cuda
+        bar = {"total": steps, "initial": first, "desc": desc, "disable": not machine.main}
+        self.bar = tqdm(**bar, mininterval=1, unit="step")
+
+    def __iter__(self):
+        handlers = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.total, self.since, self.clock = 0, self.step, time.perf_counter()
+        try:
+            while self.step < self.last and not (self.stopping or self.enough):
+                if self.asks:
+                    self.stopping = self.agreed()
+                last = self.step + 1 == self.last or self.stopping
+                self.logged = (self.step + 1) % self.args.log_every == 0 or last
+                yield self.step
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.bar.close()
+        if not self.finished:
+            words = f"stopped at step {self.step} of {self.steps}, saved in {self.args.out}"
+            self.machine.say(f"{words}: --resume goes on")
+
+    def hear(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def agreed(self):
+        """True on all ranks if any has been asked to stop."""
+        if self.machine.world == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=self.machine.device)
+        return bool(self.machine.sum(asked).item())
+
+    def took(self, loss, **values):
+        """A step is done: its loss, a tensor or a dict of them, and what else a row shows."""
+        losses = loss if isinstance(loss, dict) else {"loss": loss}
+        self.total = self.total + torch.stack(list(losses.values()))
+        self.step += 1
+        self.bar.update()
+        if not self.logged:
+            return
+        self.stopping = self.stopping or self.agreed()
+        steps = self.step - self.since
+        means = (self.machine.sum(self.total) / steps).tolist()
+        seconds = time.perf_counter() - self.clock
+        self.asks = self.asks or seconds > steps
+        row = dict(zip(losses, means))
+        row |= {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        row |= {k: quantity * steps / seconds for k, quantity in self.per_second.items()}
+        self.log.write(step=self.step, **row, seconds=seconds)
+        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in losses}, refresh=False)
+        self.total, self.since, self.clock = 0, self.step, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The clock stands still: rates are of training alone."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def due(self, every):
+        return self.step % every == 0 or self.step == self.steps or self.enough
+
+    @property
+    def saves(self):
+        return self.due(self.args.save_every) or self.step == self.last or self.stopping
+
+    @property
+    def finished(self):
+        return self.step >= self.steps or self.enough
+
+    def end(self):
+        """Enough: this step was the last of the run."""
+        self.enough = True
 
 
-# ---------------------------------------------------------------- logs
+# ---- logs and figures ------------------------------------------------------------------------
 
 
 class Log:
-    """log.jsonl: one object a line. On resume, lines later than the checkpoint's step are dropped: they will come again."""
+    """log.jsonl: one object a line; None for a path writes nothing.
 
-    def __init__(self, path, resume_step=None):
-        self.path = Path(path)
-        kept = [row for row in read_log(self.path) if resume_step is not None and row["step"] <= resume_step]
-        with write_beside(self.path) as tmp:
+    On resume, lines later than the checkpoint's step are dropped: they will come again.
+    """
+
+    def __init__(self, path, step=None):
+        self.path = path
+        if path is None:
+            return
+        kept = [row for row in read_log(path) if step is not None and row["step"] <= step]
+        with write_beside(path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, **row):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        if self.path is not None:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
 
 
 def read_log(path):
-    """The rows of a log.jsonl, oldest first; none if there is no file. A last line cut short by a kill is left out."""
+    """The rows of a log.jsonl, oldest first; none if there is no file, nor a last one cut short."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
     return rows
 
 
-# ---------------------------------------------------------------- classification scores
-# None stands for undefined: there is nothing to divide by.
-
-
-def auc(y, score):
-    """Area under the ROC curve = P(score of a positive > that of a negative), ties count half. y: bool [N]."""
-    from scipy.stats import rankdata
-    y = np.asarray(y, bool)
-    pos, neg = int(y.sum()), int((~y).sum())
-    if not pos or not neg or not np.isfinite(score).all():
-        return None
-    return float((rankdata(score)[y].sum() - pos * (pos + 1) / 2) / (pos * neg))
-
-
-def roc(y, score):
-    """False and true positive rates at each distinct threshold from the highest down, after (0, 0): fpr, tpr, thresholds."""
-    order = np.argsort(-np.asarray(score), kind="stable")
-    y, score = np.asarray(y, bool)[order], np.asarray(score)[order]
-    last = np.flatnonzero(np.append(np.diff(score) != 0, True))                        # the last of each run of ties
-    tp = np.cumsum(y)[last]
-    fp = last + 1 - tp
-    return np.append(0, fp / max(1, fp[-1])), np.append(0, tp / max(1, tp[-1])), np.append(np.inf, score[last])
-
-
-def youden(y, score):
-    """The threshold (score >= it is positive) with the largest sensitivity + specificity; None if a class is missing."""
-    if auc(y, score) is None:
-        return None
-    fpr, tpr, thresholds = roc(y, score)
-    return float(thresholds[1:][np.argmax((tpr - fpr)[1:])])
-
-
-def ratio(a, b):
-    return float(a / b) if b else None
-
-
-def mean_of(values):
-    """Mean, undefined if any of them is."""
-    values = list(values)
-    return None if None in values else float(np.mean(values))
-
-
-def at_point(y, hit):
-    """Metrics of the decisions `hit` for the truth `y`, both bool [N]."""
-    tp, tn, fp, fn = (int(np.sum(a & b)) for a, b in ((y, hit), (~y, ~hit), (~y, hit), (y, ~hit)))
-    sensitivity, specificity = ratio(tp, tp + fn), ratio(tn, tn + fp)
-    return dict(accuracy=ratio(tp + tn, len(y)), f1=ratio(2 * tp, 2 * tp + fp + fn), sensitivity=sensitivity,
-                specificity=specificity, balanced_accuracy=mean_of([sensitivity, specificity]))
-
-
-def decide(probs):
-    """Class of each row of probs [N, K]: of two, the second from 0.5 on; of more, the likeliest."""
-    return (probs[:, 1] >= 0.5).astype(int) if probs.shape[1] == 2 else probs.argmax(1)
-
-
-def measure(labels, probs, thresholds):
-    """All metrics of probs [N, K]: of class 1, or with K > 2 the mean of each class against the rest (macro).
-
-    thresholds: Youden's, one a class that is measured. Names with youden_ are taken there.
-    """
-    K = probs.shape[1]
-    measured = [1] if K == 2 else range(K)
-    top = decide(probs)
-    out = dict(auc=mean_of(auc(labels == c, probs[:, c]) for c in measured))
-    for prefix, hits in (("", [top == c for c in measured]), ("youden_", [probs[:, c] >= t for c, t in zip(measured, thresholds)])):
-        rows = [at_point(labels == c, hit) for c, hit in zip(measured, hits)]
-        out.update({prefix + k: mean_of(r[k] for r in rows) for k in rows[0]})
-    if K > 2:  # the usual meaning of these two with several classes
-        out.update(accuracy=float(np.mean(top == labels)), balanced_accuracy=out["sensitivity"])
-    return out
-
-
-def thresholds_of(labels, probs):
-    """Youden's thresholds, of validation cases; 0.5 where undefined."""
-    found = [youden(labels == c, probs[:, c]) for c in ([1] if probs.shape[1] == 2 else range(probs.shape[1]))]
-    return [0.5 if t is None else t for t in found]
-
-
-def with_intervals(labels, probs, patients, thresholds, times, seed):
-    """{metric: {value, low, high}}: 95 % percentile intervals over resampled patients (with all of their cases)."""
-    _, who = np.unique(patients, return_inverse=True)
-    members = [np.flatnonzero(who == p) for p in range(who.max() + 1)]
-    rng, drawn = np.random.default_rng([seed, 4]), []
-    for _ in range(times):
-        pick = np.concatenate([members[p] for p in rng.integers(len(members), size=len(members))])
-        drawn.append(measure(labels[pick], probs[pick], thresholds))
-    out = {}
-    for name, value in measure(labels, probs, thresholds).items():
-        defined = [d[name] for d in drawn if d[name] is not None]
-        few = value is None or len(defined) < times / 2
-        low, high = (None, None) if few else map(float, np.percentile(defined, [2.5, 97.5]))
-        out[name] = dict(value=value, low=low, high=high)
-    return out
-
-
-def text_of(m):
-    if m["value"] is None:
-        return "undefined"
-    return f"{m['value']:.3f}" + (f" [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else "")
-
-
-# ---------------------------------------------------------------- pictures
-
-
 def figure_of(size, rows=1, columns=1):
+    """Figure of `size` inches and its axes [rows, columns]."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     return plt.subplots(rows, columns, figsize=size, squeeze=False)
 
 
 def save_figure(fig, path):
     import matplotlib.pyplot as plt
+
     with write_beside(path) as tmp:
         fig.savefig(tmp, dpi=100, bbox_inches="tight")
     plt.close(fig)
 
 
-def draw_roc(path, scored, thresholds, found, classes, shown="test"):
-    """ROC of the `shown` split of scored {split: (labels, probs)} (each class against the rest if more than two), the two operating points, and the validation's."""
-    fig, axes = figure_of((5.2, 5))
-    ax, K = axes[0, 0], len(classes)
-    for i, c in enumerate([1] if K == 2 else range(K)):
-        for split, style in (("val", dict(color="0.75")), (shown, dict(color=f"C{i}"))):
-            labels, probs = scored[split]
-            area = auc(labels == c, probs[:, c])
-            if area is None or split != shown and K > 2:
-                continue
-            fpr, tpr, _ = roc(labels == c, probs[:, c])
-            name = ("validation" if split == "val" else split) if K == 2 else classes[c]
-            value = text_of(found["auc"]) if K == 2 and split == shown else f"{area:.3f}"
-            ax.plot(fpr, tpr, lw=2 if split == shown else 1, label=f"{name}, AUC {value}", **style)
-    for prefix, marker, name in (("", "o", "at 0.5"), ("youden_", "^", f"at {thresholds[0]:.2f}, Youden's of validation")):
-        sens, spec = found[prefix + "sensitivity"]["value"], found[prefix + "specificity"]["value"]
-        if K == 2 and None not in (sens, spec):
-            ax.plot(1 - spec, sens, marker, color="tab:red", ms=8, mfc="none" if prefix else "tab:red", label=name, ls="none")
-    ax.plot([0, 1], [0, 1], "k--", lw=1, label="chance")
-    ax.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    ax.legend(fontsize=8, loc="lower right")
-    ax.grid(alpha=0.3)
-    save_figure(fig, path)
+def draw_curves(path, rows, *panels, x="step"):
+    """Rows of a log against the step, a panel for each (title, keys, levels).
 
-
-def draw_confusion(path, labels, probs, thresholds, classes):
-    K = len(classes)
-    decisions = [("at 0.5" if K == 2 else "likeliest class", decide(probs))]
-    if K == 2:
-        decisions.append((f"at {thresholds[0]:.2f}, Youden's of validation", (probs[:, 1] >= thresholds[0]).astype(int)))
-    fig, axes = figure_of(((2.2 + 0.7 * K) * len(decisions), 1.6 + 0.7 * K), 1, len(decisions))
-    for ax, (name, chosen) in zip(axes[0], decisions):
-        counts = np.zeros((K, K), int)
-        np.add.at(counts, (labels, chosen), 1)
-        share = counts / np.maximum(1, counts.sum(1, keepdims=True))
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for i, j in np.ndindex(K, K):
-            ax.text(j, i, f"{counts[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", color="w" if share[i, j] > 0.6 else "k", fontsize=9)
-        ax.set(xticks=range(K), yticks=range(K), xticklabels=classes, yticklabels=classes, xlabel="predicted", ylabel="true", title=name)
-        ax.title.set_fontsize(10)
-    fig.tight_layout()
-    save_figure(fig, path)
-
-
-def draw_overlay(path, image, truth, found, classes, spacing, title):
-    """Scan, truth and prediction, each [X, Y, Z], on the middle slices of what is labelled, along each axis; spacing in mm.
-
-    Without a truth (None) the prediction says where the middle is.
+    keys: what is drawn, a curve a key; levels: {key: {name: value}}, lines in the key's colour.
     """
-    shown = [m for m in (("truth", truth), ("prediction", found)) if m[1] is not None]
-    low, high = np.percentile(image, [1, 99.5])
-    fig, axes = figure_of((3.7 * (1 + len(shown)), 10), 3, 1 + len(shown))
-    for row, axis in enumerate((2, 1, 0)):
-        hit = np.flatnonzero(shown[0][1].any(tuple({0, 1, 2} - {axis})))
-        at = int(hit.mean()) if len(hit) else image.shape[axis] // 2
-        a, b = (s for i, s in enumerate(spacing) if i != axis)
-        for ax, (name, labels) in zip(axes[row], [("scan", None), *shown]):
-            draw_slice(ax, image.take(at, axis), None if labels is None else labels.take(at, axis), b / a, low, high)
-            ax.set_title("" if row else name)
-        axes[row, 0].set_ylabel(f"{'xyz'[axis]} = {at}")
-    fig.suptitle(title)
-    label_legend(fig, classes)
-    save_figure(fig, path)
-
-
-def draw_slice(ax, image, labels, aspect, low, high):
-    """A slice [a, b] in grey from `low` to `high`, and its labels, if any, in colours above it."""
-    import matplotlib.pyplot as plt
-    ax.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=high, aspect=aspect)
-    if labels is not None:
-        colours = plt.get_cmap("tab20")(np.arange(256) % 20) * [1, 1, 1, 0.75]
-        seen = labels.T.astype(int)
-        ax.imshow(np.where(seen[..., None] > 0, colours[np.maximum(seen - 1, 0)], 0), origin="lower", aspect=aspect, interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
-
-
-def label_legend(fig, classes):
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-    fig.legend(handles=[Patch(color=plt.get_cmap("tab20")(k % 20), label=c) for k, c in enumerate(classes)], loc="center left",
-               bbox_to_anchor=(1, 0.5), fontsize=9)
+    fig, [axes] = figure_of((7 * len(panels), 4.5), 1, len(panels))
+    for ax, (title, keys, levels) in zip(axes, panels):
+        for i, key in enumerate(keys):
+            points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                ax.plot(*zip(*points), ".-", color=f"C{i}", lw=1, label=key)
+            for (name, value), style in zip(levels.get(key, {}).items(), ("--", ":")):
+                ax.axhline(value, color=f"C{i}", ls=style, lw=1, label=f"{name}, {key}")
+        ax.set(xlabel=x, title=title)
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.grid(alpha=0.3)
     fig.tight_layout()
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def matmul_rate(device, dtype, seconds=1.0):
-    """FLOP/s of one large square matrix product in `dtype` on `device`: the best of the runs that fit in `seconds`."""
-    import torch
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        wait()
-        start = time.perf_counter()
-        a @ b
-        wait()
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(times)
-
-
-def peak_memory(device):
-    """Peak bytes: of the CUDA allocator on a GPU, of the whole process (resident set) elsewhere."""
-    import torch
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    save_figure(fig, path)

@@ -1,551 +1,934 @@
-"""Classification of whole scans: a pre-trained encoder and a linear layer, tuned on labelled cases, scored once on a test set.
+"""Classification of whole scans: a pre-trained encoder and a linear layer, tuned on labelled cases.
 
-    python finetune_cls.py --task phantom-cls                       # CPU demo on made-up nodules: 2 minutes, test AUC 0.84
-    python finetune_cls.py --task nodule --init out/pretrain/ckpt.pt --seeds 0 1 2    # one GPU, the published recipe
-    torchrun --nproc_per_node=4 finetune_cls.py --task ricord --init FILE             # four GPUs, the same run
-    python finetune_cls.py --task mine --data cases.csv             # your scans: file,label,split[,patient]
-    python finetune_cls.py --resume --out out/cls-nodule            # goes on with a run, exactly
+    python finetune_cls.py --task phantom-cls       # CPU demo, made-up nodules: 2 minutes, AUC 0.84
+    python finetune_cls.py --task nodule --init out/pretrain/ckpt.pt --seeds 0 1 2    # one GPU
+    torchrun --nproc_per_node=4 finetune_cls.py --task ricord --init FILE    # four, the same run
+    python finetune_cls.py --task mine --data cases.csv      # yours: file,label,split[,patient]
+    python finetune_cls.py --resume --out out/cls-nodule     # goes on with a run, exactly
 
-Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (best validation AUC), metrics.json, scores.csv (each
-case), roc.png, confusion.png, cases.png, curves.png; with several seeds, a folder seed-N each and the mean in metrics.json.
-The test set is scored once, at the end, with best.pt. Every random choice is a function of (seed, number of the sample).
+Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (best validation AUC),
+metrics.json, scores.csv (each case), roc.png, confusion.png, cases.png, curves.png, skipped.csv;
+with several seeds, a folder seed-N each and the mean in metrics.json. The test set is scored once,
+at the end, with best.pt. Every random choice is a function of (seed, number of the sample).
 
-Sections: arguments · arrays, read once · batches · shortcut baseline · pictures · training step · evaluation · a run · main
+Sections: arguments · training · tasks and their lists · arrays, read once · the classifier ·
+scores · logistic regression · reports · pictures
 
-B batch, X Y Z voxels, K classes, N cases.
+B batch, X Y Z voxels, G patches, C width, K classes, N cases.
 """
-import argparse
-import time
-from dataclasses import asdict
-from functools import lru_cache, partial
-from pathlib import Path
 
+import csv
+import os
+import re
+import zipfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+from statistics import fmean, stdev
+
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from numpy.random import default_rng
+from scipy.stats import rankdata
+from torch import nn
 
-from common import (BadInput, Log, StopRequest, auc, cli, cores, cosine_lr, decide, draw_confusion, draw_roc, figure_of, keep_earlier_run, label_subset, leave,
-                    load_checkpoint, measure, parallel, place, poly_lr, read_json, read_log, resumed_args, save_checkpoint,
-                    save_figure, text_of, thresholds_of, with_intervals, write_json, write_table)
-from kernels import choose
-from model import CLS_FORMAT, SIZES, Classifier, Config, Model, fit, grid_of, layer_decay_groups, load_pretrained, logistic, scores_of
-from serialize import CLS_TASKS, FLAVOURS, SPLITS, cls_data, cls_task, list_cases, load_volume, prepare_whole
+from common import (
+    FREE,
+    BadInput,
+    Loop,
+    batches,
+    check_least,
+    cli,
+    cores,
+    cosine_lr,
+    distribute,
+    draw_curves,
+    figure_of,
+    fill,
+    load_checkpoint,
+    machine_flags,
+    micro_batches,
+    open_run,
+    optimiser_step,
+    parallel,
+    read_log,
+    report_flags,
+    resumed,
+    run_flags,
+    save_checkpoint,
+    save_figure,
+    setup,
+    split_batch,
+    to_device,
+    write_beside,
+    write_json,
+    write_table,
+)
+from model import (
+    SIZES,
+    Config,
+    Model,
+    choose_kernels,
+    fit,
+    grid_of,
+    layer_decay_groups,
+    new_encoder,
+)
+from phantom import write_phantom
+from serialize import digest, label_subset, patient_of, read_scan, stamp_of, stem_of
 
-# ---------------------------------------------------------------- arguments
+# ---- arguments -------------------------------------------------------------------------------
 
-RECIPES = {  # what a flag that was not given stands for; nodule and ricord are published
-    "nodule": dict(batch=16, epochs=100, lr=1.5e-5, wd=0.01, beta2=0.999, decay=1.0, clip=0.0, schedule="cosine", warmup=0,
-                   patience=30, flip=0.5, class_weights=False),
-    "ricord": dict(batch=8, epochs=200, lr=5e-5, wd=0.05, beta2=0.95, decay=0.75, clip=12.0, schedule="poly", warmup=0,
-                   patience=0, flip=0.0, class_weights=True),
-    "nano": dict(batch=8, epochs=20, lr=1e-3, wd=0.05, beta2=0.95, decay=1.0, clip=1.0, schedule="cosine", warmup=30,
-                 patience=0, flip=0.5, class_weights=True),
+CLASSIFIER = "ar3d-classifier-2"  # the `format` of the checkpoints that hold a classifier
+CACHE = Path("data/cache-cls")  # resized scans, 4 MB a case at 128³
+BOOTSTRAP = 1000  # resamplings behind an interval
+RECIPES = {  # what a flag that was not given stands for, and what has no flag
+    "nodule": {  # published; of its flips no more is known than that they are random
+        "batch": 16,
+        "epochs": 100,
+        "lr": 1.5e-5,
+        "wd": 0.01,
+        "beta2": 0.999,
+        "patience": 30,
+        "class_weights": False,
+    },
+    "ricord": {  # published
+        "epochs": 200,
+        "lr": 5e-5,
+        "layer_decay": 0.75,
+        "clip": 12.0,
+        "schedule": "poly",
+        "flip": 0.0,
+    },
+    "nano": {"epochs": 20, "lr": 1e-3, "clip": 1.0, "warmup": 30},
 }
-SCRATCH = {"ricord": dict(lr=1e-5, wd=1e-4)}  # published: what differs without pre-training
-FREE = {"resume", "data", "out", "cache", "seeds", "device", "workers", "micro", "kernels", "log_every", "save_every", "stop_after"}
+USUAL = {  # what a recipe does not say
+    "batch": 8,
+    "wd": 0.05,
+    "beta2": 0.95,
+    "layer_decay": 1.0,
+    "clip": 0.0,
+    "schedule": "cosine",
+    "warmup": 0,
+    "patience": 0,  # validations without a better AUC; 0: no limit
+    "flip": 0.5,  # probability, along each axis
+    "class_weights": True,  # cross-entropy by inverse class frequency
+}
+FREE.add("seeds")  # a run that goes on may have more of them
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("run")
-    g.add_argument("--task", choices=[*CLS_TASKS, "phantom-cls"], default="phantom-cls", help="default %(default)s: made-up patients")
-    g.add_argument("--flavour", choices=list(FLAVOURS), default="nodule", help="of phantom-cls (default %(default)s)")
-    g.add_argument("--data", help="nodule: nodulemnist3d.npz or its folder (28³ before 64³); ricord: the folder that the lists' "
-                   "paths start from; mine: a CSV with the columns file,label,split[,patient] (default data/TASK)")
-    g.add_argument("--lists", nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="ricord: lines FILE LABEL (default {train,val,test}.txt in --data)")
-    g.add_argument("--patient", metavar="REGEX", help="ricord, mine: what names the patient in a path (default: RICORD's names; else the file's)")
-    g.add_argument("--out", help="folder of the run (default out/cls-TASK)")
-    g.add_argument("--resume", action="store_true", help="go on from --out with the arguments of that run; a fresh start if there is none")
-    g.add_argument("--init", metavar="FILE", help="pre-trained weights: a checkpoint of pretrain.py, or the published file (default: from scratch)")
-    g.add_argument("--heads", type=int, help="of the published file's model (default width / 64)")
-    g.add_argument("--labels", type=float, default=1.0, help="share of the training patients, stratified by label (default 1)")
-    g.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run each, then mean ± sd (default 0)")
-    g.add_argument("--stop-after", type=int, metavar="N", help="save and leave after N steps of this call")
-    g = p.add_argument_group("model")
-    g.add_argument("--size", choices=list(SIZES), help="without --init (published: base, the default with CUDA; nano without)")
-    g.add_argument("--pool", choices=["mean", "attention"], default="mean", help="of the patch tokens (published: mean)")
-    g.add_argument("--freeze", action="store_true", help="linear probe: the encoder stays as it is (lr 1e-3 unless given)")
-    g = p.add_argument_group("input")
-    g.add_argument("--volume", type=int, nargs=3, metavar=("X", "Y", "Z"),
-                   help="voxels (published: nodule 128 128 128, ricord 128 128 64; nano 32 32 32, 64 64 32)")
-    g.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="intensities that become 0 and 1 (published: ricord 0 1400)")
-    g.add_argument("--cache", default="data/cache-cls", help="where resized scans are kept (default %(default)s; 4 MB a case at 128³)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=float, help="published: nodule 100, ricord 200; nano 20")
-    g.add_argument("--batch", type=int, help="cases a step, over all ranks (published: nodule 16, ricord 8; nano 8)")
-    g.add_argument("--micro", type=int, help="cases a forward pass on one device (default: all of its share)")
-    g.add_argument("--lr", type=float, help="published: nodule 1.5e-5, ricord 5e-5, from scratch 1e-5; nano 1e-3")
-    g.add_argument("--wd", type=float, help="AdamW (published: nodule 0.01, ricord 0.05, from scratch 1e-4; nano 0.05)")
-    g.add_argument("--beta2", type=float, help="AdamW (published: nodule 0.999, ricord 0.95)")
-    g.add_argument("--decay", type=float, help="of lr a layer towards the input (published: nodule 1, ricord 0.75)")
-    g.add_argument("--clip", type=float, help="gradient norm (published: nodule 0, off; ricord 12)")
-    g.add_argument("--schedule", choices=["cosine", "poly"], help="published: nodule cosine, ricord polynomial of power 0.9")
-    g.add_argument("--warmup", type=int, help="steps, of cosine (published: 0; nano 30)")
-    g.add_argument("--patience", type=int, help="validations without a better AUC, 0: no limit (published: nodule 30, ricord 0)")
-    g.add_argument("--flip", type=float, help="probability of a flip along each axis (published: nodule random flips, here 0.5; ricord 0)")
-    g.add_argument("--class-weights", action=argparse.BooleanOptionalAction, help="cross-entropy by inverse class frequency (published: ricord)")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the matrix products")
-    g.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help="auto: Triton's (kernels/) on CUDA, else PyTorch")
-    g.add_argument("--workers", type=int, help="loader processes a rank (default: 4 with CUDA, 0 without)")
-    g = p.add_argument_group("reports")
-    g.add_argument("--bootstrap", type=int, default=1000, help="resamplings of the patients for the 95 %% intervals (default %(default)s)")
-    g.add_argument("--log-every", type=int, default=10, help="steps (default %(default)s)")
-    g.add_argument("--val-every", type=int, default=1, help="epochs (default %(default)s)")
-    g.add_argument("--save-every", type=int, default=5, help="epochs (default %(default)s)")
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = run_flags(p, "out/cls-TASK", seed=False).add_argument
+    add("--seeds", type=int, nargs="+", default=[0], help="a run each, then mean ± sd (default 0)")
+    add = p.add_argument_group("data").add_argument
+    add("--task", choices=[*TASKS, "phantom-cls"], default="phantom-cls", help="default: made up")
+    add("--flavour", choices=[*FLAVOURS], default="nodule", help="of phantom-cls (default nodule)")
+    add(
+        "--data",
+        help="""nodule: nodulemnist3d.npz or its folder (28³ before 64³); ricord: the folder that
+        the lists' paths start from; mine: a CSV with the columns file,label,split[,patient]
+        (default data/TASK, data/mine.csv)""",
+    )
+    add("--lists", nargs=3, help="ricord: train, val, test; lines FILE LABEL (default in --data)")
+    add("--patient", help="a patient's pattern in a path (default RICORD's names; else the file's)")
+    add("--labels", type=float, default=1.0, help="share of the training patients of each class")
+    add("--volume", type=int, nargs=3, help="X Y Z voxels (published: 128³, ricord 128x128x64)")
+    add("--range", type=float, nargs=2, help="intensities for 0 and 1 (published: ricord 0 1400)")
+    add = p.add_argument_group("training").add_argument
+    add(
+        "--init",
+        default="scratch",
+        help="""a checkpoint of pretrain.py, the published file, scratch or scratch:SIZE (default
+        scratch, its size base with CUDA, as published, else nano)""",
+    )
+    add("--pool", choices=["mean", "attention"], default="mean", help="of tokens (published: mean)")
+    add("--freeze", action="store_true", help="linear probe: the encoder stays (lr 1e-3)")
+    add("--steps", type=int, help="(published: nodule 100 epochs, ricord 200; nano 20)")
+    add("--batch", type=int, help="cases a step, all ranks (published: nodule 16; ricord, nano 8)")
+    add("--micro", type=int, help="cases a pass on a device (default: up to 16)")
+    add("--lr", type=float, help="(published: nodule 1.5e-5, ricord 5e-5, scratch 1e-5; nano 1e-3)")
+    add("--layer-decay", type=float, help="of lr, a layer down (published: nodule 1, ricord 0.75)")
+    machine_flags(p)
+    report_flags(p, "an epoch", "five epochs")
     return p
 
 
-def settle(args, config, where):
-    """Fill in what was not given, in place. config: of the encoder."""
-    task, cuda = cls_task(args.task, args.flavour), where.device.type == "cuda"
-    nano = asdict(config) == asdict(Config(**SIZES["nano"], images=config.images, order=config.order))
-    recipe = dict(RECIPES["nano" if nano else task["recipe"]])
-    if not args.init:
-        recipe.update({} if nano else SCRATCH.get(task["recipe"], {}))
+def settle(args, machine):
+    """Fill in what was not given, in place, and check it; returns the task, one of TASKS.
+
+    What depends on the number of cases comes later.
+    """
+    if args.init == "scratch":
+        args.init = f"scratch:{'base' if machine.cuda else 'nano'}"
+    config = new_encoder(args.init, None, machine).config
+    task = task_of(args.task, args.flavour)
+    recipe, volume = task["recipe"], task["volume"]
+    if config.width == SIZES["nano"]["width"]:
+        recipe, volume = "nano", task["nano"]
     if args.freeze:
-        recipe.update(lr=1e-3)
-    recipe.update(volume=task["nano" if nano else "volume"], window=task["window"],
-                  workers=4 if cuda else 0)
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("batch", "log_every", "val_every", "save_every", "bootstrap"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise BadInput(f"--seeds {' '.join(map(str, args.seeds))}: each once")
-    if args.window and not args.window[0] < args.window[1]:
-        raise BadInput(f"--window {args.window[0]:g} {args.window[1]:g}: LOW must be below HIGH")
+        fill(args, {"lr": 1e-3})
+    if recipe == "ricord" and args.init.startswith("scratch:"):
+        fill(args, {"lr": 1e-5, "wd": 1e-4})  # published: what differs without pre-training
+    given = {"volume": volume, "range": task["range"], "workers": 8 if machine.cuda else 0}
+    fill(args, USUAL | RECIPES[recipe] | given)
+    check_least(args, lr=1e-12, layer_decay=1e-12, workers=0, batch=1, micro=1, steps=1)
+    check_least(args, stop_after=1, log_every=1, val_every=1, save_every=1)
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise BadInput(f"--seeds {' '.join(map(str, args.seeds))}: each once, from 0 on")
+    low, high = args.range or (0, 1)
+    if low >= high:
+        raise BadInput(f"--range {low:g} {high:g}: LOW must be below HIGH")
     grid_of(args.volume, config.patch)
-    if args.batch % where.world:
-        raise BadInput(f"--batch {args.batch} does not divide over {where.world} ranks")
-    share = args.batch // where.world
-    args.micro = args.micro or share
-    if args.micro < 1 or share % args.micro:
-        raise BadInput(f"--micro {args.micro} does not divide the {share} cases of a step on each of {where.world} ranks")
+    split_batch(args, machine, 16)
+    return task
 
 
-# ---------------------------------------------------------------- arrays, read once
+# ---- training --------------------------------------------------------------------------------
 
 
-def prepare_all(cases, args, where):
-    """Give every case its array in the cache and its statistics, each rank a share of the reading: (cases, those skipped)."""
-    job = partial(prepare_whole, shape=tuple(args.volume), window=args.window, cache=args.cache)
-    mine = list(parallel(job, cases[where.rank::where.world], max(1, cores() // where.world), "reading" if where.main else None))
-    found, kept, skipped = where.gather(mine), [], []
-    for n, case in enumerate(cases):
-        array, stats, reason = found[n % where.world][n // where.world]
-        if reason:
-            skipped.append((case["file"], case["split"], reason))
-        else:
-            kept.append({**{k: v for k, v in case.items() if k != "source"}, "array": array, "statistics": stats})
+def train_step(net, samples, weights, args, machine):
+    """Forward and backward of this rank's passes: its part of the batch's weighted mean loss."""
+    count = args.batch // (args.micro * machine.world)
+    passes = [to_device(next(samples), machine.device) for _ in range(count)]
+    whole = machine.sum(sum(weights[b["label"]].sum() for b in passes))
+    total = 0
+    for b in passes:
+        if machine.world > 1:
+            net.require_backward_grad_sync = b is passes[-1]
+        with machine.autocast():
+            logits = net(b["volume"].float()).float()
+        loss = F.cross_entropy(logits, b["label"], weight=weights, reduction="sum") / whole
+        (loss * machine.world).backward()  # the ranks' gradients are averaged
+        total += loss.detach()
+    return total
+
+
+def run(args, seed, out, parts, classes, machine):
+    """Train with one seed, choose the weights by validation AUC, score the test set with them.
+
+    Returns the metrics, or None if it was asked to stop.
+    """
+    _, state = resumed(parser(), args, out, CLASSIFIER)
+
+    # data
+    train = parts["train"]
+    chosen = label_subset(column(train, "patient"), args.labels, seed, column(train, "label"))
+    train = [c for c in train if c["patient"] in chosen]
+    parts = parts | {"train": train}
+    K = len(classes)
+    counts = np.bincount(column(train, "label"), minlength=K)
+    machine.say(f"seed {seed}: {len(train)} training cases, {counts} of {', '.join(classes)}")
+    weights = (len(train) / (K * counts)) ** args.class_weights  # False: all 1
+    weights = torch.from_numpy(weights).float().to(machine.device)
+
+    # the model
+    torch.manual_seed(seed)
+    encoder = new_encoder(args.init, None, machine).requires_grad_(not args.freeze)
+    encoder.head.requires_grad_(False)  # predicts patches, is not used here
+    choose_kernels(encoder, args, machine)
+    model = Classifier(encoder, K, args.pool).to(machine.device)
+    if args.compile:
+        model.compile()
+    net = distribute(model, machine)
+    groups = layer_decay_groups(model, args.lr, args.wd, args.layer_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)
+    first, best = 0, [-1.0, -float("inf"), 0]  # AUC, −loss, step
+    if state:
+        fit(model, state["model"], out / "ckpt.pt")
+        optimiser.load_state_dict(state["optimiser"])
+        first, best = state["step"], state["best"]
+    log = open_run(out, args, machine, state)
+
+    def save(name, **more):
+        if machine.main:
+            more |= {"format": CLASSIFIER, "config": asdict(encoder.config), "step": loop.step}
+            more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
+            save_checkpoint(out / name, **more)
+
+    # the loop
+    numbers = micro_batches(first, args, machine)
+    samples = batches(Stream(train, seed, args.flip), numbers, machine, args.workers)
+    loop = Loop(args, machine, log, first, args.steps, f"seed {seed}", samples_per_s=args.batch)
+    enough = args.patience * args.val_every or args.steps  # steps without a better AUC
+    if first - best[2] >= enough:
+        loop.end()
+    for step in loop:
+        lr = cosine_lr(step, args.steps, args.lr, args.warmup)
+        if args.schedule == "poly":  # RICORD's
+            lr = args.lr * (1 - step / args.steps) ** 0.9
+        loss = train_step(net, samples, weights, args, machine)
+        norm = optimiser_step(optimiser, lr, args.clip, loop.logged)
+        loop.took(loss, lr=lr, grad_norm=norm)
+        with loop.paused():
+            if loop.due(args.val_every):
+                reached = validate(model, parts["val"], log, loop.step, machine)
+                if reached[:2] > best[:2]:  # of equal AUCs the lower loss
+                    best = reached
+                    save("best.pt")
+                if loop.step - best[2] >= enough:
+                    loop.end()
+            if loop.saves:
+                save("ckpt.pt", best=best, optimiser=optimiser.state_dict())
+    if not loop.finished:
+        return None
+
+    # the one look at the test set
+    machine.barrier()
+    fit(model, load_checkpoint(out / "best.pt", CLASSIFIER)["model"], out / "best.pt")
+    if machine.main:
+        levels = {"val_auc": {f"of the weights chosen, step {best[2]}": best[0]}}
+        panels = ("cross-entropy", ["loss", "val_loss"], {}), ("AUC", ["val_auc"], levels)
+        draw_curves(out / "curves.png", read_log(log.path), *panels)
+    baseline = shortcut(train, parts["test"], K, seed)
+    machine.say(
+        f"shortcut baseline: AUC {text_of(baseline)} by logistic regression on "
+        f"{baseline['features']} statistics of header and histogram, which see no anatomy"
+    )
+    facts = {"task": args.task, "init": args.init, "step": best[2], "shortcut": baseline}
+    return score_split(model, parts, "test", classes, out, machine, seed, **facts)
+
+
+def main():
+    args = parser().parse_args()
+    name = f"{args.flavour}-phantom" if args.task == "phantom-cls" else args.task
+    out = Path(args.out or f"out/cls-{name}")
+    earlier = [*out.glob("ckpt.pt"), *out.glob("seed-*/ckpt.pt")]
+    latest = max(earlier, key=os.path.getmtime, default=out / "ckpt.pt")
+    args, _ = resumed(parser(), args, latest.parent, CLASSIFIER)
+    args.out = str(out)
+    machine = setup(args, args.seeds[0])
+    task = settle(args, machine)
+
+    # the cases
+    args.data = data_of(args.task, args.flavour, args.data, machine)
+    machine.barrier()
+    cases, classes = list_cases(task, args.data, args.lists, args.patient, machine)
+    cases, skipped = prepare_all(cases, args.volume, args.range, machine)
+    parts = {s: [c for c in cases if c["split"] == s] for s in SPLITS}
+    epoch = args.labels * len(parts["train"]) / args.batch  # steps
+    steps = {"steps": ceil(args.epochs * epoch), "val_every": ceil(epoch)}
+    fill(args, steps | {"save_every": ceil(5 * epoch)})
+
+    # a run a seed
+    runs = []
+    for seed in args.seeds:
+        folder = out if len(args.seeds) == 1 else out / f"seed-{seed}"
+        runs.append(run(args, seed, folder, parts, classes, machine))
+        if machine.main and skipped:
+            write_table(folder / "skipped.csv", ["file", "split", "reason"], skipped)
+        if runs[-1] is None:
+            return
+    if len(runs) > 1:
+        summarise(runs, args, machine)
+
+
+def validate(model, cases, log, step, machine):
+    """AUC (−1 if it is undefined) and −cross-entropy of the validation cases, and the step."""
+    labels, probs = predict_probs(model, cases, machine)
+    area = macro_auc(labels, probs)
+    loss = float(-np.log(probs[np.arange(len(labels)), labels] + 1e-12).mean())
+    machine.say(f"step {step:>6}: validation AUC {text_of({'value': area})}, loss {loss:.3f}")
+    log.write(step=step, val_auc=area, val_loss=loss)
+    return [-1.0 if area is None else area, -loss, step]
+
+
+# ---- tasks and their lists -------------------------------------------------------------------
+
+
+def task_of(name, flavour):
+    return FLAVOURS[flavour] if name == "phantom-cls" else TASKS[name]
+
+
+def data_of(name, flavour, data, machine):
+    """Folder or file of a task's data: `data`, else its default.
+
+    Rank 0 makes the phantom's if it is not there; the others must wait for it (a barrier).
+    """
+    if data or name != "phantom-cls":
+        return data or ("data/mine.csv" if name == "mine" else f"data/{name}")
+    machine.say(f"made-up patients: data/phantom/{flavour}, made where they are not there")
+    if machine.main:
+        write_phantom("data/phantom", (flavour,))
+    return f"data/phantom/{flavour}"
+
+
+def list_cases(task, data, lists, pattern, machine):
+    """All cases of a task (one of TASKS) in `data`, and the names of its classes.
+
+    A case is a dict: file (its name in reports), split, label, patient, and source: a path, or an
+    array [x, y, z]. No patient may be in two splits.
+    """
+    rows, classes = task["listed"](Path(data), lists), task["classes"]
+    most = len(classes or range(1000))
+    cases = [case_of(f"{data}: {row[0]}", most, pattern, *row) for row in rows]
+    classes = classes or [str(k) for k in range(1 + max([1, *column(cases, "label")]))]
+    for split in SPLITS:
+        least = len(classes) if split == "train" else 1
+        have = {c["label"] for c in cases if c["split"] == split}
+        if len(have) < least:
+            raise BadInput(
+                f"{data}: cases of {least} classes are needed in the {split} split, which has "
+                f"{sorted(have) or 'none'}"
+            )
+    both = shared(cases, "patient")
+    if both:
+        raise BadInput(
+            f"{data}: {len(both)} patients are in more than one split, {both[0]} among them; give "
+            "each patient one split (--patient REGEX says what names a patient)"
+        )
+    machine.say(f"{data}: {len(cases)} cases of {len({c['patient'] for c in cases})} patients")
+    return cases, classes
+
+
+def shared(cases, key):
+    """The values of the key that occur in more than one split."""
+    splits = {}
+    for c in cases:
+        splits.setdefault(c[key], set()).add(c["split"])
+    return [value for value, its in splits.items() if len(its) > 1]
+
+
+def case_of(at, most, pattern, file, split, label, patient, source):
+    """What a list says of a case, as a case; BadInput if its file, split or label is none."""
+    if not file or isinstance(source, Path) and not source.exists():
+        raise BadInput(f"{at}: no such file {source}")
+    if split not in SPLITS:
+        raise BadInput(f"{at}: split {split!r}; it is one of {', '.join(SPLITS)}")
+    if not label.isdecimal() or int(label) >= most:
+        raise BadInput(f"{at}: label {label!r}; it is an integer from 0 to {most - 1}")
+    if not patient and pattern:
+        patient = patient_of(file, None, None, pattern)
+    known = re.search(r"RICORD(?:-1[ABC]-\d+)?-\d+|$", file)[0]
+    return {
+        "file": file,
+        "split": split,
+        "label": int(label),
+        "patient": patient or known or stem_of(file),
+        "source": source,
+    }
+
+
+def listed_in_npz(path, _):
+    """MedMNIST's file: {train,val,test}_{images,labels}. It names no patients: an image is one."""
+    if path.is_dir():  # nodulemnist3d.npz comes before nodulemnist3d_64.npz
+        path = min(path.glob("nodulemnist3d*.npz"), default=path / "nodulemnist3d.npz")
+    try:
+        with np.load(path) as z:
+            for split in SPLITS:
+                images, labels = z[f"{split}_images"], z[f"{split}_labels"].ravel()
+                for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                    name = f"{split}/{i:05d}"
+                    yield name, split, str(label), name, image
+    except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as e:
+        raise BadInput(
+            f"{path}: cannot be read as MedMNIST's npz ({e}); --data names nodulemnist3d.npz or "
+            "nodulemnist3d_64.npz, from medmnist.com, or its folder"
+        ) from None
+
+
+def listed_in_lists(folder, lists):
+    """The authors' lists: lines `FILE LABEL`, files relative to `folder`."""
+    for split, path in zip(SPLITS, lists or [folder / f"{s}.txt" for s in SPLITS]):
+        for line in lines_of(path, "a list of lines FILE LABEL, see --lists"):
+            file, _, label = line.strip().rpartition(" ")
+            yield file.strip(), split, label, None, folder / file.strip()
+
+
+def listed_in_csv(path, _):
+    """A CSV with the columns file,label,split and, if you like, patient; paths relative to it."""
+    for row in csv.DictReader(lines_of(path, "a CSV with columns file,label,split[,patient]")):
+        file, split, label = (row.get(k) or "" for k in ("file", "split", "label"))
+        yield file, split, label.strip(), row.get("patient"), path.parent / file
+
+
+def lines_of(path, what):
+    """The lines of a text that are not blank."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path}: cannot be read ({e}); it should be {what}") from None
+    return [line for line in lines if line.strip()]
+
+
+def column(cases, key):
+    return np.array([c[key] for c in cases])
+
+
+# A task: who reads its list, its classes (None: as many as there are labels), the size of the input
+# (and with a nano encoder), the intensities that become 0 and 1 (None: a scan's own 1st and 99.9th
+# percentiles), and whose recipe it follows.
+TASKS = {
+    "nodule": {
+        "listed": listed_in_npz,
+        "classes": ["benign", "malignant"],
+        "volume": [128] * 3,
+        "nano": [32] * 3,
+        "range": [0, 255],
+        "recipe": "nodule",
+    },
+    "ricord": {
+        "listed": listed_in_lists,
+        "classes": ["no COVID", "COVID"],
+        "volume": [128, 128, 64],
+        "nano": [64, 64, 32],
+        "range": [0, 1400],
+        "recipe": "ricord",
+    },
+    "mine": {
+        "listed": listed_in_csv,
+        "classes": None,
+        "volume": [128] * 3,
+        "nano": [64] * 3,
+        "range": None,
+        "recipe": "ricord",
+    },
+}
+# the phantom's scans are in HU: the published range, which is as wide, would make all of the lung 0
+FLAVOURS = {"nodule": TASKS["nodule"], "ricord": TASKS["ricord"] | {"range": [-1000, 400]}}
+SPLITS = ("train", "val", "test")
+
+
+# ---- arrays, read once -----------------------------------------------------------------------
+
+
+def prepare_all(cases, shape, intensity_range, machine):
+    """Each case with its array in the cache and its statistics, each rank reads a share.
+
+    Returns the cases that can be used, without their source, and rows [file, split, reason].
+    """
+    job = partial(prepare_whole, shape=tuple(shape), intensity_range=intensity_range)
+    n, share = machine.world, cases[machine.rank :: machine.world]
+    shares = machine.gather([*parallel(job, share, cores() // n, machine.main and "reading")])
+    ready = [shares[i % n][i // n] for i in range(len(cases))]
+    usable = [c for c in ready if "reason" not in c]
+    skipped = [[c["file"], c["split"], c["reason"]] for c in ready if "reason" in c]
     if skipped:
-        where.say(f"{len(skipped)} of {len(cases)} scans left out, see skipped.csv; the first: {skipped[0][0]}: {skipped[0][2]}")
-    for s in SPLITS:
-        if not any(c["split"] == s for c in kept):
-            raise BadInput(f"no scan of the {s} split can be used; the first: {skipped[0][0]}: {skipped[0][2]}")
-    if args.window and not skipped and np.median([c["statistics"][-5] for c in kept]) < args.window[0]:
-        where.say(f"warning: more than half of the voxels lie below --window {args.window[0]:g} and become 0: in HU, lung and air do; "
-                  "--window -1000 400 keeps the lung")
-    return kept, skipped
+        words = f"{len(skipped)} of {len(cases)} scans left out, as {': '.join(skipped[0])}"
+        machine.say(words)
+    for split in {*column(cases, "split")} - {*column(usable, "split")}:
+        raise BadInput(f"no scan of the {split} split can be used: {words}")
+    twice = shared(usable, "array")
+    if twice:
+        machine.say(f"warning: {len(twice)} images stand in more than one split, voxel for voxel")
+    if intensity_range and np.median(column(usable, "statistics")[:, -5]) < intensity_range[0]:
+        machine.say(
+            f"warning: more than half of the voxels lie below --range {intensity_range[0]:g} and "
+            "become 0: in HU, lung and air do; --range -1000 400 keeps the lung"
+        )
+    return usable, skipped
 
 
-# ---------------------------------------------------------------- batches
+def prepare_whole(case, shape, intensity_range):
+    """The case with the file of its array, of the size of the input, in [0, 1], and its statistics.
+
+    Both are kept in the cache; the source is dropped. reason: why it cannot be used, if so.
+    """
+    source = case["source"]
+    listed = isinstance(source, np.ndarray)
+    stamp = digest(source.tobytes(), 16) if listed else [str(source.resolve()), *stamp_of([source])]
+    path = CACHE / f"{digest(f'2 {stamp} {shape} {intensity_range}'.encode(), 16)}.npz"
+    ready = case | {"source": None, "array": str(path)}
+    try:
+        if not path.exists():
+            values, *affines = (source, np.eye(4), np.eye(4)) if listed else read_scan(source)
+            if values.ndim != 3 or not np.isfinite(values).all():
+                raise BadInput(f"{values.ndim}D, or with NaN; one finite 3D volume is needed")
+            low, high = intensity_range or np.percentile(values, [1, 99.9])
+            unit = np.clip((values.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
+            volume = resize_whole(unit, shape).astype(np.float16)
+            with write_beside(path) as tmp:
+                np.savez(tmp, volume=volume, statistics=statistics(values, *affines))
+        with np.load(path) as z:
+            return ready | {"statistics": z["statistics"]}
+    except BadInput as e:
+        return ready | {"reason": str(e)}
 
 
-class Stream(torch.utils.data.Dataset):
-    """Sample n = 0, 1, … of training without end: each N in a row are all cases, in an order of their own.
+def resize_whole(values, shape):
+    """float32 [x, y, z] -> `shape`: area means along axes that shrink, then trilinear."""
+    v = torch.from_numpy(values)[None, None]
+    v = F.adaptive_avg_pool3d(v, [min(a, b) for a, b in zip(values.shape, shape)])
+    return F.interpolate(v, shape, mode="trilinear")[0, 0].numpy()
+
+
+def statistics(values, affine, own):
+    """What can be known of a scan without looking: numbers of the header, and of its histogram."""
+    return np.array(
+        [
+            *values.shape,
+            *nib.affines.voxel_sizes(affine),
+            *affine[:3, 3],
+            *nib.orientations.io_orientation(own).ravel(),
+            values.dtype.itemsize,
+            values.mean(),
+            values.std(),
+            *np.percentile(values, [0, 1, 5, 25, 50, 75, 95, 99, 100]),
+        ]
+    )
+
+
+def load_volume(case):
+    """[X, Y, Z] float16."""
+    with np.load(case["array"]) as z:
+        return torch.from_numpy(z["volume"])
+
+
+@dataclass
+class Stream:
+    """Sample n = 0, 1, … without end: each N in a row are all cases, shuffled; some are flipped.
 
     # departs: batches run across the ends of epochs, so that each is full whatever N is.
     """
 
-    def __init__(self, cases, seed, flip):
-        self.cases, self.seed, self.flip = cases, seed, flip
-        self.order = lru_cache(4)(lambda epoch: np.random.default_rng([seed, 1, epoch]).permutation(len(cases)))
-
-    def case(self, n):
-        return self.cases[self.order(n // len(self.cases))[n % len(self.cases)]]
+    cases: list
+    seed: int
+    flip: float  # probability, along each axis
 
     def __getitem__(self, n):
-        flips = np.random.default_rng([self.seed, 2, n]).random(3) < self.flip
-        return dict(volume=load_volume(self.case(n)), label=self.case(n)["label"], flips=flips)
+        epoch, i = divmod(n, len(self.cases))
+        order = default_rng([self.seed, 1, epoch]).permutation(len(self.cases))
+        flips = default_rng([self.seed, 2, n]).random(3) < self.flip
+        case = self.cases[order[i]]
+        volume = load_volume(case).flip(np.flatnonzero(flips).tolist())
+        return {"volume": volume, "label": case["label"]}
 
 
-class Shown(torch.utils.data.Dataset):
-    """Cases as they are, each with its number."""
-
-    def __init__(self, cases):
-        self.cases = cases
-
-    def __getitem__(self, n):
-        return dict(volume=load_volume(self.cases[n]), number=n)
+# ---- the classifier --------------------------------------------------------------------------
 
 
-def micro_batches(first_step, args, where):
-    """Endless lists of sample numbers for this rank's loader: passes of `micro`, dealt to the ranks in turn."""
-    start = first_step * args.batch + where.rank * args.micro
-    while True:
-        yield list(range(start, start + args.micro))
-        start += args.micro * where.world
+class Classifier(nn.Module):
+    """Encoder, pooling, linear layer without bias: [B, X, Y, Z] -> logits [B, K].
 
-
-def augment(volume, flips):
-    """Volumes [B, X, Y, Z] flipped along the axes that flips [B, 3] marks, on their device."""
-    for axis in range(3):
-        volume = torch.where(flips[:, axis, None, None, None], volume.flip(axis + 1), volume)
-    return volume
-
-
-# ---------------------------------------------------------------- shortcut baseline
-
-
-def fit_logistic(x, y, K, l2=1.0):
-    """Logistic regression (`model.logistic`) on x [N, F], l2 against the sum of cross-entropies: a function x -> probs [N, K].
-
-    Features are standardised by x; those that are constant in it are left out.
+    pool: attention is the mean over the patch tokens, weighted by a softmax of learned scores that
+    start as zeros; mean (published) keeps them there.
     """
-    mean, sd = x.mean(0), x.std(0)
-    varied = sd > 1e-9 * (1 + np.abs(mean))
-    scaled = lambda a: torch.from_numpy(np.clip((a[:, varied] - mean[varied]) / sd[varied], -5, 5))  # noqa: E731
-    w = logistic(scaled(x), torch.from_numpy(y), K, l2 / len(x), tolerance=1e-9)
-    return lambda b: scores_of(w, scaled(b)).softmax(1).numpy()
+
+    def __init__(self, encoder, classes, pool="mean"):
+        super().__init__()
+        self.encoder = encoder
+        self.score = nn.Linear(encoder.config.width, classes, bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+        self.attend = nn.Linear(encoder.config.width, 1, bias=False)
+        nn.init.zeros_(self.attend.weight).requires_grad_(pool == "attention")
+
+    def forward(self, volume):
+        tokens, _ = self.encoder.encode(volume)  # [B, G, C]
+        return self.score((self.attend(tokens).softmax(1) * tokens).sum(1))
 
 
-def shortcut(train, test, K, args, seed):
-    """The test AUC that header and intensity statistics alone reach, and how many of them vary."""
-    table = lambda cases: np.stack([c["statistics"] for c in cases])  # noqa: E731
-    x, y = table(train), np.array([c["label"] for c in train])
-    probs = fit_logistic(x, y, K)(table(test))
-    labels, patients = (np.array([c[k] for c in test]) for k in ("label", "patient"))
-    found = with_intervals(labels, probs, patients, [0.5] * K, args.bootstrap, seed)["auc"]
-    return {**found, "features": int((x.std(0) > 1e-9 * (1 + np.abs(x.mean(0)))).sum())}
+def load_classifier(path):
+    """The classifier in `path` (best.pt or ckpt.pt), on the CPU, and the checkpoint itself.
+
+    Of its keys, scoring needs classes, step and args (task, flavour, data, lists, patient, volume,
+    range).
+    """
+    state = load_checkpoint(path, CLASSIFIER)
+    encoder = Model(Config(**state["config"]))
+    net = Classifier(encoder, len(state["classes"]), state["args"]["pool"])
+    fit(net, state["model"], path)
+    return net, state
 
 
-# ---------------------------------------------------------------- pictures
+@torch.no_grad()
+def predict_probs(net, cases, machine, batch=8):
+    """Labels [N] and probabilities [N, K] of prepared cases: each rank a share, then reduced."""
+    probs = torch.zeros(len(cases), net.score.out_features).double().to(machine.device)
+    for i in range(machine.rank * batch, len(cases), machine.world * batch):
+        volume = torch.stack([load_volume(c) for c in cases[i : i + batch]])
+        with machine.autocast():
+            logits = net(volume.to(machine.device).float())
+        probs[i : i + batch] = logits.double().softmax(1)
+    return column(cases, "label"), machine.sum(probs).cpu().numpy()
 
 
-def draw_curves(path, rows):
-    fig, axes = figure_of((11, 4), 1, 2)
-    for ax, key, name in ((axes[0, 0], "loss", "training loss"), (axes[0, 0], "val_loss", "validation loss"),
-                          (axes[0, 1], "val_auc", "validation AUC")):
-        points = [(r["epoch"], r[key]) for r in rows if r.get(key) is not None]
-        if points:
-            ax.plot(*zip(*points), color="0.7" if key == "loss" else "tab:blue", lw=1, marker="o" if key != "loss" else None, ms=3, label=name)
-            if key == "val_auc":
-                best = max(points, key=lambda p: p[1])
-                ax.plot(*best, "o", ms=9, mfc="none", color="tab:red", label=f"best, {best[1]:.3f}")
-    axes[0, 0].set(xlabel="epoch", ylabel="cross-entropy")
-    axes[0, 1].set(xlabel="epoch", ylabel="AUC", ylim=(min(0.4, axes[0, 1].get_ylim()[0]), 1.02))
-    axes[0, 1].axhline(0.5, color="k", ls="--", lw=1, label="chance")
-    for ax in axes[0]:
-        ax.legend(fontsize=8)
-        ax.grid(alpha=0.3)
+# ---- scores ----------------------------------------------------------------------------------
+# None stands for undefined: there is nothing to divide by.
+
+
+def auc(y, score):
+    """Area under the ROC curve = P(score of a positive > that of a negative), ties count half.
+
+    y: bool [N].
+    """
+    pos, neg = y.sum(), (~y).sum()
+    if not pos or not neg or not np.isfinite(score).all():
+        return None
+    return float((rankdata(score)[y].mean() - (pos + 1) / 2) / neg)
+
+
+def roc(y, score):
+    """fpr, tpr and thresholds: infinity, then each score that occurs, from the highest down."""
+    thresholds = np.append(np.inf, np.unique(score)[::-1])  # [T]
+    hits = score >= thresholds[:, None]  # [T, N]
+    fpr, tpr = ((hits & of).sum(1) / max(1, of.sum()) for of in (~y, y))
+    return fpr, tpr, thresholds
+
+
+def youden(y, score):
+    """The threshold (positive: score >= it) of the largest sensitivity + specificity, or 0.5."""
+    fpr, tpr, thresholds = roc(y, score)
+    at = np.argmax((tpr - fpr)[1:]) + 1
+    return 0.5 if auc(y, score) is None else float(thresholds[at])
+
+
+def at_point(y, hits):
+    """Metrics of the decisions `hits` for the truth y, both bool [N, C]: means over C (macro)."""
+    tp, tn, pos, neg = (x.sum(0) for x in (y & hits, ~y & ~hits, y, ~y))  # [C]
+    with np.errstate(invalid="ignore"):
+        sensitivity, specificity = tp / pos, tn / neg
+        each = {
+            "accuracy": (tp + tn) / len(y),
+            "f1": 2 * tp / (pos + hits.sum(0)),
+            "sensitivity": sensitivity,
+            "specificity": specificity,
+            "balanced_accuracy": (sensitivity + specificity) / 2,
+        }
+    return {k: None if np.isnan(v).any() else float(v.mean()) for k, v in each.items()}
+
+
+def one_or_each(labels, probs):
+    """y and score [N, C]: of class 1 (C = 1), or of more than two each against the rest (C = K)."""
+    first = int(probs.shape[1] == 2)
+    return labels[:, None] == np.arange(first, probs.shape[1]), probs[:, first:]
+
+
+def of_each(fn, labels, probs):
+    """fn(y, score) of each class that is measured."""
+    y, score = one_or_each(labels, probs)
+    return [fn(*pair) for pair in zip(y.T, score.T)]
+
+
+def macro_auc(labels, probs):
+    """AUC of class 1, or with K > 2 the mean of each class against the rest."""
+    areas = of_each(auc, labels, probs)
+    return None if None in areas else fmean(areas)
+
+
+def measure(labels, probs, thresholds):
+    """All metrics of probs [N, K]: of class 1, or the mean of each class against the rest (macro).
+
+    thresholds: Youden's, one a class that is measured. Names with youden_ are taken there.
+    """
+    top = probs.argmax(1)
+    y, score = one_or_each(labels, probs)
+    out = {"auc": macro_auc(labels, probs), **at_point(y, one_or_each(top, probs)[0])}
+    out |= {f"youden_{k}": v for k, v in at_point(y, score >= thresholds).items()}
+    if len(thresholds) > 1:  # the usual meaning of these two with several classes
+        out |= {"accuracy": float(np.mean(top == labels)), "balanced_accuracy": out["sensitivity"]}
+    return out
+
+
+def resampled(groups, times, seed):
+    """Bootstrap: yields `times` index arrays into the N rows that `groups` [N] names.
+
+    Groups are drawn with replacement, as many as there are, each with all of its rows: patients
+    with all of their cases. For rows that stand alone give range(N). The same seed draws the same.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    members = [np.flatnonzero(group == g) for g in range(group.max() + 1)]
+    rng = default_rng([seed, 4])
+    for _ in range(times):
+        yield np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+
+
+def interval(draws):
+    """95 % percentile interval (low, high) of a statistic's values over `resampled` rows.
+
+    Draws where it was undefined (None, NaN) are left out; both None if they are more than half.
+    """
+    draws = np.array(draws, float)
+    if np.isnan(draws).mean() > 0.5:
+        return None, None
+    return tuple(np.nanpercentile(draws, [2.5, 97.5]).tolist())
+
+
+def with_intervals(labels, probs, patients, thresholds, seed):
+    """{metric: {value, low, high}}: 95 % intervals over patients (with all of their cases)."""
+    picks = resampled(patients, BOOTSTRAP, seed)
+    drawn = [measure(labels[pick], probs[pick], thresholds) for pick in picks]
+    out = {}
+    for name, value in measure(labels, probs, thresholds).items():
+        low, high = interval([d[name] for d in drawn])
+        out[name] = {"value": value, "low": low, "high": high}
+    return out
+
+
+def text_of(score):
+    if score["value"] is None:
+        return "undefined"
+    ends = f" [{score['low']:.3f}, {score['high']:.3f}]" if score.get("low") is not None else ""
+    return f"{score['value']:.3f}{ends}"
+
+
+# ---- logistic regression ---------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def logistic(x, y, K, l2, start=None, tolerance=1e-5):
+    """Multinomial logistic regression by L-BFGS: weights [K, F + 1] for x [N, F], y [N].
+
+    Mean cross-entropy + l2/2 · |W|², the bias free. It stops where a step changes the weights, or
+    the loss, by less than `tolerance`.
+    """
+    w = (x.new_zeros(K, x.shape[1] + 1) if start is None else start.clone()).requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [w],
+        max_iter=100,
+        history_size=10,
+        tolerance_change=tolerance,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        loss = F.cross_entropy(scores_of(w, x), y) + l2 / 2 * w[:, :-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return w.detach()
+
+
+def scores_of(w, x):
+    return x @ w[:, :-1].T + w[:, -1]
+
+
+def shortcut(train, test, K, seed):
+    """The test AUC that header and histogram reach by logistic regression, and how many they are.
+
+    Features are standardised by the training cases; those that are constant there are left out.
+    """
+    x, query = (torch.from_numpy(column(cases, "statistics")) for cases in (train, test))
+    sd, centre = torch.std_mean(x, 0, correction=0)
+    varied = sd > 1e-9 * (1 + centre.abs())
+    x, query = (((a - centre) / sd)[:, varied].clamp(-5, 5) for a in (x, query))
+    w = logistic(x, torch.from_numpy(column(train, "label")), K, 1 / len(x), tolerance=1e-9)
+    probs = scores_of(w, query).softmax(1).numpy()
+    scores = with_intervals(column(test, "label"), probs, column(test, "patient"), [0.5] * K, seed)
+    return scores["auc"] | {"features": x.shape[1]}
+
+
+# ---- reports ---------------------------------------------------------------------------------
+
+
+def score_split(net, parts, split, classes, out, machine, seed=0, **facts):
+    """Score the prepared cases parts[split], once, with the thresholds of parts["val"].
+
+    Prints the scores and writes scores.csv (both splits), roc.png, confusion.png, cases.png and at
+    last metrics.json under `out`. Returns the metrics: `facts` and what is known here, the scores
+    {metric: {value, low, high}} under the name of the split. All ranks must call it.
+    """
+    scored = {s: predict_probs(net, parts[s], machine) for s in ("val", split)}
+    labels, probs = scored[split]
+    thresholds = of_each(youden, *scored["val"])
+    patients = column(parts[split], "patient")
+    scores = with_intervals(labels, probs, patients, thresholds, seed)
+    metrics = {
+        **facts,
+        "seed": seed,
+        "cases": {s: len(part) for s, part in parts.items()},
+        "classes": classes,
+        "val_auc": macro_auc(*scored["val"]),
+        "thresholds": thresholds,
+        split: scores,
+        "auc_each": of_each(auc, labels, probs),
+    }
+    if not machine.main:
+        return metrics
+    print(f"{split}: {len(probs)} cases of {len(set(patients))} patients, 95 % intervals over them")
+    for name, score in scores.items():
+        print(f"{name.replace('_', ' '):>26}  {text_of(score)}")
+    keys, columns = ["file", "patient", "split", "label"], [f"p_{k}" for k in range(len(classes))]
+    rows = [
+        [*map(c.get, keys), *p.tolist(), p.argmax()]
+        for s, (_, ps) in scored.items()
+        for c, p in zip(parts[s], ps)
+    ]
+    write_table(out / "scores.csv", [*keys, *columns, "predicted"], rows)
+    draw_roc(out / "roc.png", scored, split, scores, classes)
+    draw_confusion(out / "confusion.png", labels, probs, thresholds, classes)
+    draw_cases(out / "cases.png", parts[split], probs, classes)
+    write_json(out / "metrics.json", metrics)  # last: its presence says that a run is done
+    print(f"wrote metrics.json, scores.csv, roc.png, confusion.png and cases.png in {out}")
+    return metrics
+
+
+def summarise(runs, args, machine):
+    """Mean ± sample sd over the seeds, printed and written."""
+    spread = {}
+    machine.say(f"{len(runs)} seeds, test, mean ± sd")
+    for name in runs[0]["test"]:
+        values = [m["test"][name]["value"] for m in runs]
+        if None not in values:
+            spread[name] = {"mean": fmean(values), "sd": stdev(values)}
+            machine.say(f"{name:>24}  {fmean(values):.3f} ± {stdev(values):.3f}")
+    if machine.main:
+        metrics = {"task": args.task, "seeds": args.seeds, "test": spread, "runs": runs}
+        write_json(f"{args.out}/metrics.json", metrics)
+
+
+# ---- pictures --------------------------------------------------------------------------------
+
+PLAIN, YOUDEN = "the likeliest", "Youden's, of validation"  # the two points of a decision
+
+
+def draw_roc(path, scored, split, scores, classes):
+    """ROC curves of a split and of validation, and the two points where the split is decided."""
+    fig, ((ax,),) = figure_of((5.2, 5))
+    for s, pair in scored.items():  # of two classes the curve of the last alone
+        for name, (fpr, tpr, _) in zip(classes[::-1], of_each(roc, *pair)[::-1]):
+            ax.plot(fpr, tpr, "-" if s == split else ":", label=f"{s}, {name}")
+    for prefix, marker, name in (("", "o", PLAIN), ("youden_", "^", YOUDEN)):
+        point = [scores[prefix + k]["value"] for k in ("specificity", "sensitivity")]
+        spec, sens = np.array(point, float)  # NaN, where they are undefined, is not drawn
+        ax.plot(1 - spec, sens, marker, label=name)
+    title = f"{split}: AUC {text_of(scores['auc'])}"
+    ax.set(xlabel="1 − specificity", ylabel="sensitivity", aspect="equal", title=title)
+    ax.legend(fontsize=8)
     save_figure(fig, path)
 
 
-def draw_cases(path, cases, probs, classes, count=6):
-    """The surest right and the surest wrong decisions: three planes through the middle of each."""
-    labels = np.array([c["label"] for c in cases])
-    chosen = decide(probs)
-    sure = probs[np.arange(len(probs)), chosen]
-    rows = [(name, sorted(np.flatnonzero(mask), key=lambda i: -sure[i])[:count])
-            for name, mask in (("right", chosen == labels), ("wrong", chosen != labels))]
-    fig, axes = figure_of((2.1 * count, 13), 6, count)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for block, (name, picked) in enumerate(rows):
-        for j, i in enumerate(picked):
-            v = load_volume(cases[i]).float().numpy()
-            for plane, axis in enumerate((2, 1, 0)):
-                ax = axes[3 * block + plane, j]
-                ax.imshow(np.take(v, v.shape[axis] // 2, axis).T, cmap="gray", origin="lower", vmin=0, vmax=1)
-                if not plane:
-                    ax.set_title(f"is {classes[labels[i]]}\nscored {classes[chosen[i]]} {sure[i]:.2f}", fontsize=9,
-                                 color="tab:green" if name == "right" else "tab:red")
-        if not picked:
-            axes[3 * block, 0].text(0, 0.5, f"no {name} decision", fontsize=10)
+def draw_confusion(path, labels, probs, thresholds, classes):
+    """Counts and shares of each class, at the plain decision and, of two, at Youden's threshold."""
+    one, decisions = np.eye(len(classes)), {PLAIN: probs.argmax(1)}
+    if len(classes) == 2:
+        decisions[YOUDEN] = (probs[:, 1] >= thresholds[0]).astype(int)
+    fig, (axes,) = figure_of((4.5 * len(decisions), 4), 1, len(decisions))
+    for ax, (name, decided) in zip(axes, decisions.items()):
+        counts = one[labels].T @ one[decided]  # [K, K]
+        share = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # pale enough for black digits
+        for (i, j), count in np.ndenumerate(counts):
+            ax.text(j, i, f"{count:.0f}\n{share[i, j]:.0%}", ha="center", va="center")
+        ax.set_xticks(range(len(classes)), classes)
+        ax.set_yticks(range(len(classes)), classes)
+        ax.set(xlabel="predicted", ylabel="true", title=name)
     fig.tight_layout()
     save_figure(fig, path)
 
 
-# ---------------------------------------------------------------- training step
-
-
-def class_weights(cases, K, args):
-    """Weight of each class in the loss [K]: N / (K · its cases), or 1."""
-    counts = np.bincount([c["label"] for c in cases], minlength=K)
-    return torch.tensor(counts.sum() / (K * counts) if args.class_weights else np.ones(K), dtype=torch.float32)
-
-
-def train_step(net, batches, stream, step, optimiser, lr, weights, args, where):
-    """One optimiser step: this rank's part of the weighted mean cross-entropy of the global batch, and the gradient norm."""
-    labels = [stream.case(n)["label"] for n in range(step * args.batch, (step + 1) * args.batch)]
-    whole = weights[labels].sum().item()
-    passes, total = args.batch // (args.micro * where.world), torch.zeros((), device=where.device)
-    for a in range(passes):
-        b = {k: v.to(where.device, non_blocking=True) for k, v in next(batches).items()}
-        if where.world > 1:
-            net.require_backward_grad_sync = a == passes - 1
-        with where.autocast():
-            logits = net(augment(b["volume"].float(), b["flips"]))
-        loss = F.cross_entropy(logits.float(), b["label"], weight=weights.to(where.device), reduction="sum") / whole
-        (loss * where.world).backward()  # the ranks' gradients are averaged
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_([w for w in net.parameters() if w.grad is not None], args.clip or float("inf"))
-    for group in optimiser.param_groups:
-        group["lr"] = group["scale"] * lr
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return total, norm
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate(model, cases, args, where):
-    """Labels [N] and probabilities [N, K] of all cases, each rank a share of them, then reduced."""
-    K = model.score.out_features
-    probs = torch.zeros(len(cases), K, dtype=torch.float64, device=where.device)
-    mine = list(range(where.rank, len(cases), where.world))
-    passes = [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]
-    for b in torch.utils.data.DataLoader(Shown(cases), batch_sampler=passes, num_workers=min(args.workers, len(passes))):
-        with where.autocast():
-            logits = model(b["volume"].to(where.device).float())
-        probs[b["number"].to(where.device)] = logits.double().softmax(1)
-    return np.array([c["label"] for c in cases]), where.sum(probs).cpu().numpy()
-
-
-def loss_of(labels, probs, weights):
-    w = weights.numpy()[labels]
-    return float((-np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-12)) * w).sum() / w.sum())
-
-
-# ---------------------------------------------------------------- a run
-
-
-def build_encoder(args, where):
-    if args.init:
-        encoder = load_pretrained(args.init, args.heads)
-        same = [n for n, s in SIZES.items() if all(getattr(encoder.config, k) == v for k, v in s.items())]
-        if args.size and args.size not in same:
-            raise BadInput(f"--size {args.size}: {args.init} holds {same[0] if same else asdict(encoder.config)}; leave --size out")
-        return encoder
-    if args.size is None:
-        args.size = "base" if where.device.type == "cuda" else "nano"
-        if args.size == "nano":
-            where.say("no CUDA device: --size nano on the CPU (--size base is the published model)")
-    return Model(Config(**SIZES[args.size]))
-
-
-def run(args, seed, out, cases, classes, skipped, stop, where):
-    """Train with one seed, select by validation AUC, score the test set: its metrics, or None if it was asked to stop."""
-    state = None
-    if args.resume:
-        if (out / "metrics.json").exists():
-            where.say(f"{out}: has its metrics already")
-            return read_json(out / "metrics.json", "the metrics of a run")
-        if (out / "ckpt.pt").exists():
-            state = load_checkpoint(out / "ckpt.pt", CLS_FORMAT)
-        else:
-            where.say(f"no checkpoint in {out}: starting at step 0")
-
-    # model
-    torch.manual_seed(seed)
-    encoder = build_encoder(args, where)
-    encoder.head.requires_grad_(False)  # predicts patches, is not used here
-    if args.freeze:
-        encoder.requires_grad_(False)
-    K = len(classes)
-    model = Classifier(encoder, K, args.pool)
-    if state:
-        fit(model, state["model"], out / "ckpt.pt")
-    kernels, why = choose(args.kernels, where.device)
-    encoder.use(kernels)
-    where.say(f"--kernels {args.kernels}: {kernels} ({why})")
-    model.to(where.device)
-    net = model
-    if where.world > 1:
-        net = DistributedDataParallel(model, device_ids=[where.device.index] if where.device.type == "cuda" else None)
-
-    # data
-    parts = {s: [c for c in cases if c["split"] == s] for s in SPLITS}
-    chosen = set(label_subset([c["patient"] for c in parts["train"]], args.labels, seed, [c["label"] for c in parts["train"]]))
-    parts["train"] = [c for c in parts["train"] if c["patient"] in chosen]
-    where.say(f"seed {seed}: " + ", ".join(f"{len(parts[s])} {s} ({' + '.join(map(str, np.bincount([c['label'] for c in parts[s]], minlength=K)))})"
-                                           for s in SPLITS) + f" cases of {' + '.join(classes)}; {args.init or 'from scratch'}")
-    weights = class_weights(parts["train"], K, args)
-    stream = Stream(parts["train"], seed, args.flip)
-    epoch_steps = -(-len(stream.cases) // args.batch)
-    steps = max(1, round(args.epochs * len(stream.cases) / args.batch))
-
-    # resume, optimiser
-    optimiser = torch.optim.AdamW(layer_decay_groups(model, args.lr, args.wd, args.decay), betas=(0.9, args.beta2), fused=True)
-    first, best, stale = 0, [-1.0, float("inf")], 0
-    if state:
-        optimiser.load_state_dict(state["optimiser"])
-        first, best, stale = state["step"], state["best"], state["stale"]
-    if where.main:
-        out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.jsonl", resume_step=first if state else None)
-        write_json(out / "args.json", {**vars(args), "seeds": [seed]})
-        if skipped:
-            write_table(out / "skipped.csv", ["file", "split", "reason"], skipped)
-    loader = torch.utils.data.DataLoader(stream, batch_sampler=micro_batches(first, args, where), num_workers=args.workers,
-                                         pin_memory=where.device.type == "cuda")
-    batches = iter(loader)
-
-    def checkpoint(path, step, **more):
-        save_checkpoint(path, format=CLS_FORMAT, config=asdict(encoder.config), model=model.state_dict(), pool=args.pool, classes=classes,
-                        volume=list(args.volume), window=args.window, step=step, best=best, args=vars(args), **more)
-
-    def validate(step):
-        nonlocal best, stale
-        labels, probs = evaluate(model, parts["val"], args, where)
-        found = measure(labels, probs, thresholds_of(labels, probs))
-        area, loss = found["auc"], loss_of(labels, probs, weights)
-        key = [-1.0 if area is None else area, loss]
-        better = key[0] > best[0] or key[0] == best[0] and key[1] < best[1]            # of equal AUCs the lower loss
-        best, stale = (key, 0) if better else (best, stale + 1)
-        where.say(f"epoch {step * args.batch / len(stream.cases):6.1f}: validation AUC {'undefined' if area is None else f'{area:.3f}'}, "
-                  f"loss {loss:.3f}{', best so far' if better else ''}")
-        if where.main:
-            log.write(step=step, epoch=step * args.batch / len(stream.cases), val_loss=loss, val_auc=area, val_accuracy=found["accuracy"])
-            if better:
-                checkpoint(out / "best.pt", step, val_auc=area)
-
-    # loop
-    last = min(steps, first + args.stop_after) if args.stop_after else steps
-    running, since = torch.zeros((), device=where.device), first
-    bar = tqdm(total=steps, initial=first, disable=not where.main, mininterval=1, desc=f"seed {seed}", unit="step")
-    clock, step, stopping, enough = time.perf_counter(), first, False, bool(args.patience and stale >= args.patience)
-    while step < last and not enough:
-        lr = cosine_lr(step, steps, args.lr, args.warmup) if args.schedule == "cosine" else poly_lr(step, steps, args.lr)
-        loss, norm = train_step(net, batches, stream, step, optimiser, lr, weights, args, where)
-        running += loss
-        step += 1
-        bar.update()
-        if step % args.log_every == 0 or step == last or where.world == 1 and stop.asked:
-            mean, seconds = where.sum(running).item() / (step - since), time.perf_counter() - clock
-            stopping = stop.agreed(where)
-            bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-            if where.main:
-                log.write(step=step, epoch=step * args.batch / len(stream.cases), loss=mean, lr=lr, grad_norm=norm.item(),
-                          samples_per_s=(step - since) * args.batch / seconds, seconds=seconds)
-            running, since, clock = torch.zeros_like(running), step, time.perf_counter()
-        pause = time.perf_counter()
-        if step % (args.val_every * epoch_steps) == 0 or step == steps:
-            validate(step)
-            enough = bool(args.patience and stale >= args.patience)
-        if where.main and (step % (args.save_every * epoch_steps) == 0 or step == last or stopping or enough):
-            checkpoint(out / "ckpt.pt", step, optimiser=optimiser.state_dict(), stale=stale)
-        clock += time.perf_counter() - pause
-        if stopping:
-            break
-    bar.close()
-    if step < steps and not enough:
-        where.say(f"stopped at step {step} of {steps}, saved in {out / 'ckpt.pt'}: --resume goes on")
-        return None
-    return finish(model, parts, classes, seed, out, args, where)
-
-
-def finish(model, parts, classes, seed, out, args, where):
-    """The one look at the test set, with the selected weights: metrics, tables, pictures."""
-    where.barrier()
-    chosen = load_checkpoint(out / "best.pt", CLS_FORMAT)
-    fit(model, chosen["model"], out / "best.pt")
-    scored = {s: evaluate(model, parts[s], args, where) for s in ("val", "test")}
-    thresholds = thresholds_of(*scored["val"])
-    labels, probs = scored["test"]
-    patients = np.array([c["patient"] for c in parts["test"]])
-    found = with_intervals(labels, probs, patients, thresholds, args.bootstrap, seed)
-    metrics = dict(task=args.task, seed=seed, init=args.init, step=chosen["step"], cases={s: len(parts[s]) for s in SPLITS},
-                   classes=classes, selected_by="validation AUC", val_auc=chosen["val_auc"], thresholds=thresholds, test=found,
-                   shortcut=shortcut(parts["train"], parts["test"], len(classes), args, seed))
-    if len(classes) > 2:
-        metrics["auc_each"] = {name: auc(labels == c, probs[:, c]) for c, name in enumerate(classes)}
-    if not where.main:
-        return metrics
-    write_table(out / "scores.csv", ["file", "patient", "split", "label", *(f"p_{c}" for c in range(len(classes))), "predicted"],
-                [[c["file"], c["patient"], s, y, *(f"{x:.8f}" for x in p), d] for s, (ys, ps) in scored.items()
-                 for c, y, p, d in zip(parts[s], ys, ps, decide(ps))])
-    draw_curves(out / "curves.png", read_log(out / "log.jsonl"))
-    draw_roc(out / "roc.png", scored, thresholds, found, classes)
-    draw_confusion(out / "confusion.png", labels, probs, thresholds, classes)
-    draw_cases(out / "cases.png", parts["test"], probs, classes)
-    report(metrics, len(set(patients)), where)
-    write_json(out / "metrics.json", metrics)  # last: its presence says that the run is done
-    where.say("wrote " + ", ".join(str(out / f) for f in ("best.pt", "metrics.json", "scores.csv", "roc.png", "confusion.png", "cases.png")))
-    return metrics
-
-
-def report(m, patients, where):
-    val = "undefined" if m["val_auc"] is None else f"{m['val_auc']:.3f}"
-    where.say(f"test, {m['cases']['test']} cases of {patients} patients, weights of step {m['step']} (validation AUC {val}), 95 % intervals")
-    where.say(f"{'AUC':>18}  {text_of(m['test']['auc'])}")
-    points = ("at 0.5", f"at {m['thresholds'][0]:.3f} (Youden's, of validation)") if len(m["classes"]) == 2 else ("likeliest", "Youden's of each class")
-    where.say(f"{'':>18}  {points[0]:<22} {points[1]}")
-    for k in ("accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity"):
-        where.say(f"{k.replace('_', ' '):>18}  {text_of(m['test'][k]):<22} {text_of(m['test']['youden_' + k])}")
-    where.say(f"{'shortcut baseline':>18}  AUC {text_of(m['shortcut'])}: logistic regression on {m['shortcut']['features']} "
-              "statistics of header and histogram, which see no anatomy")
-
-
-def summary(runs, args, where):
-    """Mean ± sample sd over the seeds, printed and written."""
-    spread = {}
-    for k in runs[0]["test"]:
-        values = [m["test"][k]["value"] for m in runs]
-        spread[k] = None if None in values else dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)))
-    where.say(f"{len(runs)} seeds ({' '.join(map(str, args.seeds))}), test, mean ± sd: " + ", ".join(
-        f"{k.replace('_', ' ')} " + (f"{v['mean']:.3f} ± {v['sd']:.3f}" if v else "undefined")
-        for k, v in spread.items() if not k.startswith("youden")))
-    if where.main:
-        write_json(Path(args.out) / "metrics.json", dict(task=args.task, seeds=args.seeds, test=spread, runs=runs))
-
-
-# ---------------------------------------------------------------- main
-
-
-def main():
-    p = parser()
-    args = p.parse_args()
-    args.out = args.out or f"out/cls-{args.flavour + '-phantom' if args.task == 'phantom-cls' else args.task}"
-    out = Path(args.out)
-    if args.resume and (out / "args.json").exists():
-        args = resumed_args(p, read_json(out / "args.json", "the arguments of a run"), FREE)
-        args.out, args.resume = str(out), True
-
-    # devices, data
-    where = place(args.device, args.dtype, args.seeds[0])
-    stop = StopRequest()
-    settle(args, build_encoder(args, where).config, where)
-    task = cls_task(args.task, args.flavour)
-    args.data = cls_data(args.task, args.flavour, args.data, where)
-    cases, classes = list_cases(task, args.data, args.lists, args.patient, where)
-    cases, skipped = prepare_all(cases, args, where)
-
-    # a run a seed
-    folders = [out if len(args.seeds) == 1 else out / f"seed-{seed}" for seed in args.seeds]
-    if where.main:
-        for folder in folders if not args.resume else []:
-            keep_earlier_run(folder, where.say)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "args.json", vars(args))
-    runs = []
-    for seed, folder in zip(args.seeds, folders):
-        metrics = run(args, seed, folder, cases, classes, skipped, stop, where)
-        if metrics is None:
-            return
-        runs.append(metrics)
-    if len(runs) > 1:
-        summary(runs, args, where)
+def draw_cases(path, cases, probs, classes):
+    """The six surest right and, below, the six surest wrong decisions: three planes of each."""
+    labels, decided = column(cases, "label"), probs.argmax(1)
+    order = np.argsort(-probs.max(1))
+    fig, axes = figure_of((13, 13), 6, 6)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for rows, mask in zip(np.split(axes, 2), (decided == labels, decided != labels)):
+        for i, planes in zip(order[mask[order]], rows.T):
+            v = load_volume(cases[i]).float().numpy()
+            for ax, axis in zip(planes, (2, 1, 0)):
+                image = v.take(v.shape[axis] // 2, axis).T
+                ax.imshow(image, cmap="gray", origin="lower", vmin=0, vmax=1)
+            words = f"is {classes[labels[i]]}\nscored {classes[decided[i]]} {probs[i].max():.2f}"
+            planes[0].set_title(words, fontsize=9)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":
     cli(main)
-    leave()

@@ -1,727 +1,1120 @@
-"""Segmentation: UNETR on the pre-trained encoder, for AMOS, six tasks of the Decathlon, the left atrium, or your own folder.
+"""Segmentation: UNETR on the pre-trained encoder, for AMOS, the Decathlon, left atria, or your own.
 
-    python finetune_seg.py --task phantom              # CPU demo on made-up patients, nano: 6 minutes on two cores, Dice 0.64
-    python finetune_seg.py --task amos --data data/amos --init out/pretrain/ckpt.pt    # one GPU, the published recipe
-    python finetune_seg.py --task amos --preset quick  # a first result
-    torchrun --nproc_per_node=4 finetune_seg.py --task amos                            # four GPUs, the same run
-    python finetune_seg.py --task amos --labels 0.1 --out out/seg-amos-10              # a tenth of the labels
-    python finetune_seg.py --task mine --data DIR --classes liver tumour --window -20 190 --spacing 1 1 1.5
-    python finetune_seg.py --task amos --resume        # goes on where out/seg-amos/ckpt.pt left off, exactly
+    python finetune_seg.py --task phantom  # CPU demo, nano: 6 minutes on two cores, Dice 0.64
+    python finetune_seg.py --task amos --data data/amos --init out/pretrain/ckpt.pt  # one GPU
+    python finetune_seg.py --task amos --preset quick                      # a first result
+    torchrun --nproc_per_node=4 finetune_seg.py --task amos                # four GPUs, the same run
+    python finetune_seg.py --task amos --labels 0.1 --out out/seg-amos-10  # a tenth of the labels
+    python finetune_seg.py --task mine --data DIR --classes liver tumour --range -20 190
+    python finetune_seg.py --task amos --resume     # goes on where out/seg-amos left off, exactly
 
-Scans are prepared once (RAS+, resampled, windowed, cut to the foreground) and kept in --cache; a run leaves in --out:
-args.json, subset.json, skipped.csv, log.jsonl, ckpt.pt (resumable), best.pt (highest mean Dice), metrics.json, curves.png,
-overlay.png. Every random choice is a function of (seed, sample), so any number of workers or GPUs trains one model.
+Scans are prepared once (RAS+, resampled, intensities mapped to [0, 1], cut to the foreground) and
+kept in data/cache. Leaves in --out: args.json, subset.json, skipped.csv, log.jsonl, ckpt.pt
+(resumable), best.pt (highest mean Dice), metrics.json, curves.png, overlay.png. Every random choice
+is a function of (seed, sample), so any number of workers or GPUs trains one model.
 
-Sections: arguments · preparation · crops · augmentation · loss · evaluation · pictures · training step · bench · main
+Sections: arguments · training · data sets · reading · preparation and back · the cache · crops ·
+augmentation · network · loss · evaluation · pictures
 
-B crops of a batch, K classes with the background, X Y Z voxels.
+B crops of a batch, K classes with the background, X Y Z voxels, C width, G patches.
 """
-import argparse
-import csv
-import hashlib
+
+import itertools
 import os
+import re
 import time
-from dataclasses import asdict
-from functools import lru_cache
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+from numpy.random import default_rng
+from scipy.spatial.transform import Rotation
+from torch import nn
 from tqdm import tqdm
 
-from common import (BadInput, Log, StopRequest, cli, cores, cosine_lr, draw_overlay, keep_earlier_run, label_subset, leave, load_checkpoint,
-                    parallel, peak_memory, place, random_states, read_json, read_log, resumed_args, save_checkpoint,
-                    set_random_states, write_beside, write_json)
-from kernels import choose
-from model import (SEGMENTER, SIZES, Config, Model, Segmenter, fit, layer_decay_groups, load_pretrained,
-                   overlap_counts, sliding_window)
-from serialize import OWN_TASK, SEG_TASKS, find_cases, nearest, prepare, prepare_labels, read_case, window_of_case
+from common import (
+    BadInput,
+    Loop,
+    batches,
+    check_least,
+    cli,
+    cores,
+    cosine_lr,
+    distribute,
+    draw_curves,
+    figure_of,
+    fill,
+    load_checkpoint,
+    machine_flags,
+    micro_batches,
+    open_run,
+    optimiser_step,
+    parallel,
+    read_json,
+    read_log,
+    report_flags,
+    resumed,
+    run_flags,
+    save_checkpoint,
+    save_figure,
+    setup,
+    split_batch,
+    write_beside,
+    write_json,
+    write_table,
+)
+from model import Config, Model, choose_kernels, fit, grid_of, layer_decay_groups, new_encoder
+from phantom import write_phantom
+from serialize import (
+    apart,
+    cut,
+    digest,
+    label_subset,
+    linear_weights,
+    read_scan,
+    stamp_of,
+    stem_of,
+    text_of,
+)
 
-# ---------------------------------------------------------------- arguments
+# ---- arguments -------------------------------------------------------------------------------
 
-PUBLISHED = dict(roi=(96, 96, 96), epochs=1000, batch=4, crops=4, lr=3e-4, wd=0.05, decay=0.75, warmup=0.05, overlap=0.75, flip=0.2, rotate=0.2,
-                 intensity=0.1, clip=0.0, augment="standard", vals=20)
-SCRATCH = dict(lr=1e-4, wd=1e-5)
+SEGMENTER = "ar3d-seg-2"  # the `format` of the checkpoints that hold a Segmenter
+FEATURES = 16  # of UNETR's decoder (published)
+FOREGROUND = 0.5  # share of crops centred on a labelled voxel, its class drawn first (published)
+WINDOWS = 4  # of the sliding window, a forward pass
+CACHE = Path("data/cache")
+PRETRAINED = "out/pretrain/ckpt.pt"
+
+# What a flag that was not given stands for, and what has no flag. epochs: passes over the training
+# volumes, where --steps is not given; crops: of a volume; warmup: share of the run; clip: gradient
+# norm, 0 is off; overlap: of sliding windows; flip: probability an axis; rotate: of 90, 180 or 270°
+# about z; intensity: of a scale, and of a shift, by up to 10 %; vals: validations of a run.
+PUBLISHED = {
+    "roi": [96],
+    "epochs": 1000,
+    "batch": 4,
+    "crops": 4,
+    "lr": 3e-4,
+    "wd": 0.05,
+    "layer_decay": 0.75,
+    "warmup": 0.05,
+    "clip": 0.0,
+    "overlap": 0.75,
+    "augment": "standard",
+    "flip": 0.2,
+    "rotate": 0.2,
+    "intensity": 0.1,
+    "vals": 20,
+}
+SCRATCH = {"lr": 1e-4, "wd": 1e-5}  # published, for an encoder that was not pre-trained
 PRESETS = {  # what departs from the published recipe
     "published": {},
-    "quick": dict(steps=6000, batch=2, overlap=0.5, vals=6),
-    "nano": dict(roi=(64, 64, 64), spacing=(4.5, 4.5, 4.5), steps=700, batch=1, crops=1, lr=2e-3, decay=1.0, warmup=0.05, overlap=0.5,
-                 flip=0.0, rotate=0.0, intensity=0.3, clip=1.0, vals=4, augment="standard"),
+    "quick": {"steps": 6000, "batch": 2, "overlap": 0.5, "vals": 6},
+    "nano": {
+        "roi": [64],
+        "spacing": [4.5, 4.5, 4.5],
+        "steps": 700,
+        "batch": 1,
+        "crops": 1,
+        "lr": 2e-3,
+        "layer_decay": 1.0,
+        "clip": 1.0,
+        "overlap": 0.5,
+        "augment": "standard",
+        "flip": 0.0,
+        "rotate": 0.0,
+        "intensity": 0.3,
+        "vals": 4,
+    },
 }
-FREE = {"resume", "data", "cache", "out", "device", "workers", "micro", "kernels", "compile", "log_every", "save_every", "stop_after"}
+
+AMOS_ORGANS = (
+    "spleen, right kidney, left kidney, gall bladder, esophagus, liver, stomach, aorta, postcava, "
+    "pancreas, right adrenal gland, left adrenal gland, duodenum, bladder, prostate/uterus"
+)
+AMOS = "AMOS22 (https://amos22.grand-challenge.org)"
+MSD = "of the Medical Segmentation Decathlon (http://medicaldecathlon.com)"
+ATRIA = (
+    "the 2018 Left Atrium challenge (http://atriaseg2018.cardiacatlas.org), or UA-MT's copy of it "
+    "(*/mri_norm2.h5, train.list, test.list)"
+)
+
+
+def task_of(source, classes, intensity_range, spacing, **more):
+    """A row of TASKS: where it comes from, classes without the background, range in HU (or
+    percentiles, zscore), spacing in mm (None: as it is); more: what departs from PUBLISHED, and
+    mr_after: cases of a higher number are MR, mapped by percentiles.
+    """
+    row = {"source": source, "range": intensity_range, "spacing": spacing, "mr_after": None}
+    return {"classes": classes and classes.split(", "), **row, **more}
+
+
+TASKS = {
+    "amos": task_of(AMOS, AMOS_ORGANS, [-175, 250], [1.5, 1.5, 2], mr_after=500),
+    "liver": task_of(f"Task03_Liver {MSD}", "liver, cancer", [-21, 189], [1, 1, 1]),
+    "lung": task_of(f"Task06_Lung {MSD}", "cancer", [-1000, 1000], [1, 1, 1]),
+    "pancreas": task_of(
+        f"Task07_Pancreas {MSD}", "pancreas, cancer", [-87, 199], [1, 1, 1.5], epochs=500
+    ),
+    "hepaticvessel": task_of(
+        f"Task08_HepaticVessel {MSD}", "vessel, tumour", [0, 230], [1, 1, 1.5], epochs=500
+    ),
+    "spleen": task_of(f"Task09_Spleen {MSD}", "spleen", [-57, 175], [1, 1, 1]),
+    "colon": task_of(f"Task10_Colon {MSD}", "colon cancer primaries", [-57, 175], [1, 1, 1.5]),
+    "la": task_of(ATRIA, "left atrium", ["zscore"], None, roi=[192, 192, 64], layer_decay=0.9)
+    | {"augment": "strong", "flip": 0.5},
+    "phantom": task_of("phantom.py", AMOS_ORGANS, [-175, 250], [4.5] * 3, data="data/phantom/amos"),
+}
+OWN_TASK = task_of("a folder of your own", None, ["percentiles"], None)
+ORGANS = TASKS["amos"]["classes"]
+LAYOUT = (
+    "expected there: dataset.json, imagesTr/*.nii.gz and labelsTr/*.nii.gz (AMOS: imagesVa and "
+    "labelsVa too)"
+)
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="folder of the run (default out/seg-TASK)")
-    g.add_argument("--preset", choices=list(PRESETS), help="published (the default with CUDA), quick, or nano (the default without)")
-    g.add_argument("--resume", action="store_true", help="go on from out/ckpt.pt with the arguments of that run; a fresh start if there is none")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--stop-after", type=int, metavar="N", help="save and leave after N steps of this call")
-    g.add_argument("--bench", action="store_true", help="crops/s of the loader, and a training step's share of waiting for it; writes nothing")
-    g = p.add_argument_group("data")
-    g.add_argument("--task", help=f"{', '.join(SEG_TASKS)}, or a name of your own with --data")
-    g.add_argument("--data", help="folder in the Decathlon layout (default data/TASK; the phantom makes its own)")
-    g.add_argument("--cache", default="data/cache", help="where prepared scans are kept (default %(default)s)")
-    g.add_argument("--classes", nargs="+", help="names of labels 1, 2, … (default: the task's, else those of dataset.json)")
-    g.add_argument("--window", nargs="+", help="LOW HIGH, percentiles or zscore (default: the task's, else percentiles)")
-    g.add_argument("--spacing", nargs=3, type=float, metavar=("X", "Y", "Z"), help="mm (default: the task's; nano 4.5)")
-    g.add_argument("--labels", type=float, default=1.0, metavar="SHARE", help="of the training patients; smaller sets are parts of larger ones (default 1)")
-    g = p.add_argument_group("model")
-    g.add_argument("--init", metavar="FILE", help="scratch, a checkpoint of pretrain.py, or the published file (default: out/pretrain/ckpt.pt if it is there)")
-    g.add_argument("--size", choices=list(SIZES), help="with --init scratch (default base with CUDA, nano without)")
-    g.add_argument("--features", type=int, default=16, help="feature size of UNETR's decoder (published: 16)")
-    g.add_argument("--freeze", action="store_true", help="train the decoder alone")
-    g = p.add_argument_group("crops and augmentation")
-    g.add_argument("--roi", nargs="+", type=int, help="edges in voxels, one or three (published: 96; la 192 192 64; nano 64)")
-    g.add_argument("--foreground", type=float, default=0.5, help="share of the crops centred on a labelled voxel, its class drawn first (published: 0.5)")
-    g.add_argument("--augment", choices=["none", "standard", "strong"], help="standard: the three below; strong: --flip and la's recipe (published: standard; la strong)")
-    g.add_argument("--flip", type=float, help="probability an axis (published: 0.2; la mirrors, here 0.5; nano 0)")
-    g.add_argument("--rotate", type=float, help="probability of a rotation by 90, 180 or 270° about z (published: 0.2; nano 0)")
-    g.add_argument("--intensity", type=float, help="probability of a scale, and of a shift, by up to 10 %% (published: 0.1; nano 0.3)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=float, help="passes over the training volumes (published: 1000; pancreas, hepaticvessel 500)")
-    g.add_argument("--steps", type=int, help="optimiser steps instead (quick 6000; nano 700)")
-    g.add_argument("--batch", type=int, help="volumes a step, over all ranks (published: 4; quick 2; nano 1)")
-    g.add_argument("--crops", type=int, help="crops of each volume (published: 4; nano 1)")
-    g.add_argument("--micro", type=int, help="volumes a forward pass on one device (default: this rank's share of the batch)")
-    g.add_argument("--lr", type=float, help="peak learning rate (published: 3e-4, from scratch 1e-4; nano 2e-3)")
-    g.add_argument("--wd", type=float, help="AdamW weight decay (published: 0.05, from scratch 1e-5)")
-    g.add_argument("--beta2", type=float, default=0.95, help="AdamW's second decay (published: 0.95)")
-    g.add_argument("--decay", type=float, help="of the learning rate from layer to layer, downwards (published: 0.75; la 0.9; nano 1, none)")
-    g.add_argument("--warmup", type=float, help="share of the run (published: 0.05, 50 epochs of 1000)")
-    g.add_argument("--clip", type=float, help="gradient norm (published: 0, off; nano 1)")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of the products; losses are in float32 always")
-    g.add_argument("--compile", action="store_true", help="torch.compile")
-    g.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help="auto: Triton's (kernels/) on CUDA, else PyTorch")
-    g.add_argument("--workers", type=int, help="loader processes a rank (default: 4 with CUDA, 0 without)")
-    g = p.add_argument_group("validation and reports")
-    g.add_argument("--overlap", type=float, help="of the sliding windows (published: 0.75; quick and nano 0.5)")
-    g.add_argument("--windows", type=int, default=4, help="windows a forward pass (default %(default)s)")
-    g.add_argument("--mirror", action="store_true", help="average the predictions of all eight mirror images")
-    g.add_argument("--val-every", type=int, help="steps (published: a twentieth of the run, 50 epochs; quick a sixth, nano a quarter)")
-    g.add_argument("--log-every", type=int, default=10, help="steps (default %(default)s)")
-    g.add_argument("--save-every", type=int, help="steps (default: at each validation)")
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    run_flags(p, "out/seg-TASK")
+    add = p.add_argument_group("data").add_argument
+    add("--task", help=f"{', '.join(TASKS)}, or a name of your own with --data")
+    add("--data", metavar="DIR", help="in the Decathlon layout (default: data/TASK)")
+    add("--classes", nargs="+", help="labels 1, 2, … (default: the task's, or dataset.json's)")
+    add("--range", nargs="+", help="LOW HIGH, percentiles or zscore (default: the task's)")
+    add("--spacing", nargs=3, type=float, metavar="MM", help="(default: the task's; nano 4.5)")
+    add("--labels", type=float, default=1.0, help="share of the patients to train on (default 1)")
+    add = p.add_argument_group("training").add_argument
+    add("--init", help=f"a file, scratch or scratch:SIZE (default: {PRETRAINED} if it is there)")
+    add("--freeze", action="store_true", help="train the decoder alone")
+    add("--preset", choices=[*PRESETS], help="(default: published with CUDA, nano without)")
+    words = "edges of a crop in voxels, one or three (published: 96; la 192 192 64; nano 64)"
+    add("--roi", nargs="+", type=int, help=words)
+    words = "published: standard (flips, rotations by 90°, intensities); la strong"
+    add("--augment", choices=["none", "standard", "strong"], help=words)
+    words = "(published: 1000 epochs; pancreas, hepaticvessel 500; quick 6000 steps; nano 700)"
+    add("--steps", type=int, help=words)
+    add("--batch", type=int, help="volumes a step, all ranks (published: 4; quick 2; nano 1)")
+    add("--micro", type=int, help="volumes a pass on a device (default: its share)")
+    add("--lr", type=float, help="(published: 3e-4, from scratch 1e-4; nano 2e-3)")
+    add("--layer-decay", type=float, help="of --lr, downwards (published: 0.75; la 0.9; nano 1)")
+    machine_flags(p, workers=4)
+    report_flags(p, "a twentieth of the run; quick a sixth, nano a quarter")
     return p
 
 
-def settle(args, where):
-    """Fill in what was not given, in place, and say what follows from the machine. Returns the task with its classes."""
-    cuda = where.device.type == "cuda"
-    if args.task not in SEG_TASKS and not args.data:
-        raise BadInput(f"--task {args.task}: {', '.join(SEG_TASKS)}, or a name of your own with --data DIR in the Decathlon layout")
-    task = SEG_TASKS.get(args.task, OWN_TASK)
-    if args.preset is None:
-        args.preset = "published" if cuda else "nano"
-        if not cuda:
-            where.say("no CUDA device: --preset nano on the CPU (--preset published is the published recipe)")
-    if args.init is None:
-        args.init = "out/pretrain/ckpt.pt" if Path("out/pretrain/ckpt.pt").exists() else "scratch"
-        where.say(f"--init {args.init}" + (": no out/pretrain/ckpt.pt, so the encoder starts untrained" if args.init == "scratch" else ""))
-    recipe = {**PUBLISHED, **(SCRATCH if args.init == "scratch" else {}), "spacing": task["spacing"], **task.get("recipe", {}), **PRESETS[args.preset]}
-    for name, value in recipe.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.roi = list(args.roi) * 3 if len(args.roi) == 1 else list(args.roi)
-    args.spacing = args.spacing and [float(s) for s in args.spacing]
-    args.window = parse_window(args.window or task["window"])
-    args.data = args.data or ("data/phantom/amos" if args.task == "phantom" else f"data/{args.task}")
-    args.out = args.out or f"out/seg-{args.task}"
-    args.workers = (4 if cuda else 0) if args.workers is None else args.workers
-    for name in ("batch", "crops", "windows", "log_every"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
-    if len(args.roi) != 3 or not 0 <= args.overlap < 1:
-        raise BadInput(f"--roi {args.roi} --overlap {args.overlap}: one or three edges, and an overlap from 0 to below 1")
-    if args.rotate and args.augment == "standard" and args.roi[0] != args.roi[1]:
-        raise BadInput(f"--roi {args.roi} --rotate {args.rotate}: a rotation by 90° needs equal edges along x and y; --rotate 0")
-    if args.batch % where.world:
-        raise BadInput(f"--batch {args.batch} does not divide over {where.world} ranks")
-    share = args.batch // where.world
-    args.micro = share if args.micro is None else args.micro
-    if args.micro < 1 or share % args.micro:
-        raise BadInput(f"--micro {args.micro} does not divide the {share} volumes of a step on each of {where.world} ranks")
-    return task
+def settle(args, machine):
+    """Fill in what was not given, in place. Returns what checkpoints say of the task."""
+    if not args.task or args.task not in TASKS and not args.data:
+        raise BadInput(
+            f"--task {args.task}: {', '.join(TASKS)}, or a name of your own with --data DIR in the "
+            "Decathlon layout"
+        )
+    if not args.preset:
+        args.preset = "published" if machine.cuda else "nano"
+        machine.say(f"--preset {args.preset} (published: the full recipe, for CUDA devices)")
+    if not args.init:
+        args.init = PRETRAINED if os.path.exists(PRETRAINED) else "scratch"
+        machine.say(f"--init {args.init} ({PRETRAINED} where it is there)")
+    fill(args, PRESETS[args.preset])
+    fill(args, TASKS.get(args.task, OWN_TASK))
+    if args.init.startswith("scratch"):
+        fill(args, SCRATCH)
+    fill(args, PUBLISHED | {"data": f"data/{args.task}", "workers": 4 if machine.cuda else 0})
+    check_least(
+        args,
+        batch=1,
+        steps=1,
+        lr=1e-12,
+        workers=0,
+        stop_after=1,
+        log_every=1,
+        val_every=1,
+        save_every=1,
+    )
+    split_batch(args, machine, args.batch)
+    roi = args.roi * 3 if len(args.roi) == 1 else args.roi
+    if len(roi) != 3 or min(roi) < 1:
+        raise BadInput(f"--roi {args.roi}: one or three edges in voxels")
+    standard = args.augment == "standard"
+    args.flip *= args.augment != "none"
+    args.intensity *= standard
+    args.rotate *= standard and roi[0] == roi[1]  # by 90° the edges along x and y change places
+    setting = {k: vars(args)[k] for k in ("task", "data", "mr_after", "spacing", "overlap")}
+    return setting | {"intensity_range": parse_range(args.range), "roi": roi, "features": FEATURES}
 
 
-def parse_window(words):
-    if words in (["percentiles"], ["zscore"]) or isinstance(words, str):
-        return words if isinstance(words, str) else words[0]
+def parse_range(words):
+    """--range -> [low, high], or the word."""
+    if words in (["percentiles"], ["zscore"]):
+        return words[0]
     try:
-        low, high = (float(w) for w in words)
+        low, high = map(float, words)
     except ValueError:
         low = high = 0
-    if low >= high:
-        raise BadInput(f"--window {' '.join(map(str, words))}: LOW HIGH with LOW below HIGH, percentiles, or zscore")
-    return [low, high]
+    if low < high:
+        return [low, high]
+    words = " ".join(words)
+    raise BadInput(f"--range {words}: LOW HIGH with LOW below HIGH, percentiles, or zscore")
 
 
-# ---------------------------------------------------------------- preparation
-# A prepared case is four files: ID.image.npy (float16), ID.label.npy (uint8), ID.voxels.npy (int16 [n, 3], up to 10,000 a
-# class, class after class) and, written last, ID.json.
-
-VERSION = 1  # of the files below; another one is another folder
+# ---- training --------------------------------------------------------------------------------
 
 
-def prepare_all(cases, classes, task, args, where):
-    """Prepare what the cache does not hold yet, ranks sharing the work: the usable cases, and (id, reason) of the others."""
-    key = hashlib.blake2b(repr((VERSION, os.path.abspath(args.data), args.spacing, len(classes))).encode(), digest_size=4).hexdigest()
-    folder = Path(args.cache) / f"{args.task}-{key}"
-    jobs = [dict(c, folder=str(folder), spacing=args.spacing, window=window_of_case(c, args.window, task.get("mr_after")), K=len(classes) + 1) for c in cases]
-    for job in jobs:
-        found = [os.stat(job[f]) for f in ("image", "label") if os.path.exists(job[f])]
-        job["stamp"] = [[s.st_size, s.st_mtime_ns] for s in found] + [job["window"]]
-    done = [prepared(j) for j in jobs]
-    where.say(f"{len(jobs)} cases, {sum(done)} of them prepared in {folder} already")
-    todo = [j for j, d in zip(jobs, done) if not d][where.rank::where.world]
-    where.barrier()                                                                    # all ranks saw the same cache
-    for _ in parallel(prepare_case, todo, max(1, cores() // where.world), "preparing scans" if where.main else None):
-        pass
-    where.barrier()
-    ready, failed = [], []
-    for job in jobs:
-        meta = read_json(folder / f"{job['id']}.json", "a prepared case")
-        if meta.get("error"):
-            failed.append((job["id"], job["split"], meta["error"]))
-        else:
-            ready.append(dict(id=job["id"], split=job["split"], path=str(folder / job["id"]), **meta))
-    return ready, failed
-
-
-def prepared(job):
-    """True if the cache holds this case, made from these very files."""
-    files = [Path(job["folder"]) / f"{job['id']}.{end}" for end in ("json", "image.npy", "label.npy", "voxels.npy")]
-    if not all(f.exists() for f in files):
-        return False
-    meta = read_json(files[0], "a prepared case")
-    return meta["stamp"] == job["stamp"] and not meta.get("error")
-
-
-def prepare_case(job):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # in a process of its own a case has one core
-    path = Path(job["folder"]) / job["id"]
-    try:
-        meta = store_case(job, path)
-    except BadInput as e:
-        meta = dict(error=str(e))
-    write_json(f"{path}.json", dict(stamp=job["stamp"], **meta))
-    torch.set_num_threads(threads)
-
-
-def store_case(job, path):
-    values, ras, own, labels = read_case(job, job["K"])
-    try:
-        image, geometry = prepare(values, ras, own, job["spacing"], job["window"])
-    except BadInput as e:
-        raise BadInput(f"{job['image']}: {e}") from None
-    label = prepare_labels(labels, geometry)
-    rng = np.random.default_rng(0)
-    lists = [np.argwhere(label == k).astype(np.int16) for k in range(1, job["K"])]
-    lists = [v if len(v) <= 10_000 else v[np.sort(rng.choice(len(v), 10_000, replace=False))] for v in lists]
-    # what the cut to the foreground leaves out of the labels counts as missed
-    whole, inside = (np.bincount(a.reshape(-1), minlength=job["K"]) for a in (nearest(labels, geometry["resampled"]), label))
-    for name, array in (("image", image), ("label", label), ("voxels", np.concatenate(lists))):
-        with write_beside(f"{path}.{name}.npy") as tmp:
-            np.save(tmp, np.ascontiguousarray(array), allow_pickle=False)
-    return dict(geometry=geometry, voxels=[len(v) for v in lists], outside=(whole - inside).tolist())
-
-
-# ---------------------------------------------------------------- crops
-
-
-class Crops(torch.utils.data.Dataset):
-    """Draw n: `crops` crops of one volume, a function of (cases, seed, n) alone. Each pass over the cases has its own order.
-
-    image float16 [crops, X, Y, Z], label uint8 of that shape, chance float64 [crops, 32]: numbers for the augmentation.
-    """
-
-    def __init__(self, cases, roi, crops, foreground=0.5, seed=0):
-        self.cases, self.roi, self.crops, self.foreground, self.seed = cases, roi, crops, foreground, seed
-
-    def __getitem__(self, n):
-        epoch, i = divmod(n, len(self.cases))
-        case = self.cases[order_of(len(self.cases), self.seed, epoch)[i]]
-        rng = np.random.default_rng([self.seed, 1, n])
-        image, label, voxels = (mapped(case, a) for a in ("image", "label", "voxels"))
-        boxes = [self.place(rng, image.shape, voxels, case["voxels"]) for _ in range(self.crops)]
-        return dict(image=torch.from_numpy(np.stack([cut_padded(image, b, self.roi) for b in boxes])),
-                    label=torch.from_numpy(np.stack([cut_padded(label, b, self.roi) for b in boxes])),
-                    chance=torch.from_numpy(rng.random((self.crops, 32))))
-
-    def place(self, rng, shape, voxels, counts):
-        """Where a crop starts: on a labelled voxel of a class drawn first, or anywhere."""
-        room = [max(0, n - r) for n, r in zip(shape, self.roi)]
-        if rng.random() < self.foreground and len(voxels):
-            k = rng.choice(np.flatnonzero(counts))
-            first = int(np.sum(counts[:k]))
-            centre = voxels[rng.integers(first, first + counts[k])]
-            return [int(np.clip(c - r // 2, 0, m)) for c, r, m in zip(centre, self.roi, room)]
-        return [int(rng.integers(m + 1)) for m in room]
-
-
-def mapped(case, what):
-    return open_map(f"{case['path']}.{what}.npy")
-
-
-@lru_cache(maxsize=4096)
-def open_map(path):
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-@lru_cache(maxsize=8)
-def order_of(n, seed, epoch):
-    return np.random.default_rng([seed, 0, epoch]).permutation(n)
-
-
-def cut_padded(array, start, roi):
-    """The box at `start`, amid zeros where the volume is smaller than it."""
-    part = array[tuple(slice(a, a + r) for a, r in zip(start, roi))]
-    if part.shape == tuple(roi):
-        return part
-    whole = np.zeros(roi, array.dtype)
-    whole[tuple(slice((r - n) // 2, (r - n) // 2 + n) for r, n in zip(roi, part.shape))] = part
-    return whole
-
-
-def micro_batches(first_step, args, where):
-    """Endless lists of draws for this rank's loader, from step `first_step` on (as in pretrain.py)."""
-    step, a = first_step, 0
-    while True:
-        start = step * args.batch + (a * where.world + where.rank) * args.micro
-        yield list(range(start, start + args.micro))
-        a += 1
-        if a * where.world * args.micro == args.batch:
-            step, a = step + 1, 0
-
-
-def join(draws):
-    return {k: torch.cat([d[k] for d in draws]) for k in draws[0]}
-
-
-# ---------------------------------------------------------------- augmentation
-
-
-def augment(image, label, chance, args):
-    """A batch on its device, float32 [B, X, Y, Z] and uint8 of that shape, changed as the numbers in `chance` [B, 32] say."""
-    if args.augment == "none":
-        return image, label
-    if args.augment == "strong":
-        image, label = deform(image, label, chance)
-        image = torch.stack([degrade(v, u) for v, u in zip(image, chance.tolist())])
-    for i, u in enumerate(chance.tolist()):
-        axes = [a for a in range(3) if u[a] < args.flip]
-        turns = 1 + int(3 * u[4]) if args.augment == "standard" and u[3] < args.rotate else 0
-        for t in (image, label):
-            if axes or turns:
-                t[i] = t[i].flip(axes).rot90(turns, (0, 1))
-        if args.augment == "standard" and u[5] < args.intensity:
-            image[i] *= 0.9 + 0.2 * u[6]
-        if args.augment == "standard" and u[7] < args.intensity:
-            image[i] += 0.2 * u[8] - 0.1
-    return image, label
-
-
-def deform(image, label, chance):
-    """Rotation by up to 15° about each axis, scale 0.85 … 1.25, elastic: one resampling, trilinear and nearest."""
-    B, *size = image.shape
-    device = image.device
-    u = chance.float().to(device)
-    angle = (u[:, 9:12] * 2 - 1) * torch.pi / 12 * (u[:, 12:13] < 0.2)                 # [B, 3]
-    scale = torch.where(u[:, 13] < 0.2, 0.85 + 0.4 * u[:, 14], 1.0)
-    turn = torch.eye(3, device=device).expand(B, 3, 3)
-    for axis in range(3):
-        c, s, m = angle[:, axis].cos(), angle[:, axis].sin(), torch.eye(3, device=device).repeat(B, 1, 1)
-        i, j = (a for a in range(3) if a != axis)
-        m[:, i, i], m[:, j, j], m[:, i, j], m[:, j, i] = c, c, -s, s
-        turn = turn @ m
-    half = torch.tensor(size, device=device) / 2
-    axes = [torch.arange(n, device=device) + 0.5 - n / 2 for n in size]
-    at = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)          # [XYZ, 3] voxels from the centre
-    at = at @ (turn / scale[:, None, None]).mT                                         # [B, XYZ, 3]
-    bumps = torch.stack([noise((3, 5, 5, 5), seed, device) * (6 * p if p < 0.2 else 0) * 5 for seed, p in zip(u[:, 15].tolist(), u[:, 16].tolist())])
-    at = at + F.interpolate(bumps, size, mode="trilinear", align_corners=True).flatten(2).mT
-    at = (at / half).flip(-1).view(B, *size, 3)                                        # grid_sample: last axis first
-    image = F.grid_sample(image[:, None], at, padding_mode="border", align_corners=False)[:, 0]
-    return image, F.grid_sample(label[:, None].float(), at, mode="nearest", align_corners=False)[:, 0].to(label.dtype)
-
-
-def noise(shape, seed, device):
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(int(seed * 2 ** 31)), device=device)
-
-
-def degrade(v, u):
-    """Noise, blur, brightness, contrast, low resolution and gamma of one crop [X, Y, Z], with nnU-Net's probabilities."""
-    if u[17] < 0.1:
-        v = v + noise(v.shape, u[18], v.device) * (0.1 * u[19]) ** 0.5
-    if u[20] < 0.2:
-        sigma = 0.5 + 0.5 * u[21]
-        bell = torch.exp(-0.5 * (torch.arange(-3, 4, device=v.device) / sigma) ** 2)
-        bell = bell / bell.sum()
-        for axis in range(3):
-            shape = [1, 1, 1, 1, 1]
-            shape[2 + axis] = 7
-            v = F.conv3d(v[None, None], bell.view(shape), padding=[3 * (a == axis) for a in range(3)])[0, 0]
-    if u[22] < 0.15:
-        v = v * (0.75 + 0.5 * u[23])
-    low, high, mean = v.min(), v.max(), v.mean()
-    if u[24] < 0.15:
-        v = ((v - mean) * (0.75 + 0.5 * u[25]) + mean).clamp(low, high)
-    if u[26] < 0.25:
-        small = [max(1, round(n * (0.5 + 0.5 * u[27]))) for n in v.shape]
-        v = F.interpolate(F.interpolate(v[None, None], small, mode="nearest"), v.shape, mode="trilinear")[0, 0]
-    if u[28] < 0.3:
-        low, high = v.min(), v.max()
-        v = ((v - low) / (high - low).clamp(min=1e-6)) ** (0.7 + 0.8 * u[29]) * (high - low) + low
-    return v
-
-
-# ---------------------------------------------------------------- loss
-
-
-def segmentation_loss(logits, label):
-    """Soft Dice with squared denominator, the background included, plus cross-entropy: [B, K, X, Y, Z], [B, X, Y, Z].
-
-    In float32 whatever the network ran in: sums of squares over a crop overflow fp16. ε = 1e-6 stands in the denominator
-    alone, so a class that is not in a crop (nor predicted) costs 1/K of a crop, a constant.
-    """
-    logits = logits.float()
-    p = logits.softmax(1)
-    truth = label[:, None] == torch.arange(p.shape[1], device=p.device).view(-1, 1, 1, 1)  # [B, K, X, Y, Z]
-    both = (p * truth).sum((2, 3, 4))                                                  # [B, K]
-    dice = 2 * both / (p.square().sum((2, 3, 4)) + truth.sum((2, 3, 4)) + 1e-6)
-    return 1 - dice.mean() + F.cross_entropy(logits, label.long())
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate(model, cases, K, args, where):
-    """Counts of every case [cases, K, 3] (see overlap_counts), ranks sharing the work, and rank 0's labels of the first."""
-    def predict(x):
-        with where.autocast():
-            return model(x)
-
-    counts, first = torch.zeros(len(cases), K, 3, dtype=torch.int64, device=where.device), None
-    mine = range(where.rank, len(cases), where.world)
-    for i in tqdm(mine, desc="validation", leave=False, disable=not where.main or len(mine) < 8):
-        volume, truth = (torch.from_numpy(np.array(mapped(cases[i], a))) for a in ("image", "label"))
-        found = sliding_window(predict, volume, args.roi, args.overlap, args.windows, where.device, (0, 1, 2) if args.mirror else ()).argmax(0).cpu()
-        counts[i] = overlap_counts(found, truth, K).to(where.device)
-        counts[i, :, 2] += torch.tensor(cases[i]["outside"], device=where.device)
-        first = found.numpy() if i == 0 else first
-    return where.sum(counts).cpu(), first
-
-
-def dice_of(counts):
-    """[cases, K, 3] -> Dice [cases, K − 1] without the background; NaN where a case does not have the class."""
-    both, found, truth = counts[:, 1:].double().unbind(-1)
-    return torch.where(truth > 0, 2 * both / (found + truth), torch.nan).numpy()
-
-
-def class_means(dice):
-    """Mean over the cases that have it, for each class; NaN where none has."""
-    return [float(d[~np.isnan(d)].mean()) if (~np.isnan(d)).any() else float("nan") for d in dice.T]
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def draw_curves(path, rows, classes):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    train, val = [r for r in rows if "loss" in r], [r for r in rows if "val_dice" in r]
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    axes[0].plot([r["step"] for r in train], [r["loss"] for r in train], color="0.3", lw=1)
-    axes[0].set(xlabel="step", ylabel="soft Dice + cross-entropy", title="training loss")
-    colours = plt.get_cmap("tab20")
-    for k, name in enumerate(classes):
-        axes[1].plot([r["step"] for r in val], [r["dice"][k] if r["dice"][k] is not None else np.nan for r in val], "-", lw=1,
-                     color=colours(k % 20), label=name)
-    axes[1].plot([r["step"] for r in val], [r["val_dice"] for r in val], "ko-", ms=4, lw=2, label="mean")
-    axes[1].set(xlabel="step", ylabel="Dice", ylim=(0, 1), title="validation, by class")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    with write_beside(path) as tmp:
-        fig.savefig(tmp, dpi=110, bbox_inches="tight")
-    plt.close(fig)
-
-
-# ---------------------------------------------------------------- training step
-
-
-def train_step(net, batches, optimiser, lr, args, where, logged=False):
-    """One optimiser step on this rank's micro-batches: its part of the batch's loss, the gradient norm when logged, and
-    the seconds spent on fetching and augmenting."""
-    passes = args.batch // (args.micro * where.world)
-    total, waited = torch.zeros((), device=where.device), 0.0
-    for a in range(passes):
+def train_step(net, samples, args, machine):
+    """Forward and backward of this rank's passes: its share of the loss, the seconds it waited."""
+    passes = args.batch // (args.micro * machine.world)
+    total = waited = 0.0
+    for i in range(passes):
         start = time.perf_counter()
-        image, label = next_batch(batches, args, where)
+        image, label, chance = (t.flatten(0, 1) for t in next(samples))  # of volumes and crops
+        image, label = (t.to(machine.device, non_blocking=True) for t in (image, label))
+        image, label = augment(image.float(), label, chance, args)  # chance is read on the host
         waited += time.perf_counter() - start
-        if where.world > 1:
-            net.require_backward_grad_sync = a == passes - 1
-        with where.autocast():
+        if machine.world > 1:
+            net.require_backward_grad_sync = i + 1 == passes
+        with machine.autocast():
             logits = net(image)
         loss = segmentation_loss(logits, label) / passes
         loss.backward()
-        total += loss.detach() / where.world
-    norm = None
-    weights = [w for w in net.parameters() if w.grad is not None]
-    if args.clip:
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
-    elif logged:
-        norm = torch.nn.utils.get_total_norm([w.grad for w in weights])
-    for group in optimiser.param_groups:
-        group["lr"] = group["scale"] * lr
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return total, norm, waited
-
-
-def next_batch(batches, args, where):
-    b = next(batches)
-    image, label = (b[k].to(where.device, non_blocking=True) for k in ("image", "label"))
-    return augment(image.float(), label, b["chance"], args)  # chance stays on the host, where it is read
-
-
-# ---------------------------------------------------------------- bench
-
-
-def bench(net, loader, optimiser, args, where):
-    """Crops a second of the loader with full augmentation, and the share of training steps spent on waiting for it."""
-    wait = torch.cuda.synchronize if where.device.type == "cuda" else lambda: None
-    batches, n, steps = iter(loader), args.micro * args.crops, 20 if where.device.type == "cuda" else 4
-    for _ in range(3):
-        next_batch(batches, args, where)
-    wait()
-    start, passes = time.perf_counter(), 0
-    while time.perf_counter() - start < 5:
-        next_batch(batches, args, where)
-        passes += 1
-    wait()
-    rate = passes * n / (time.perf_counter() - start)
-    times = []
-    for _ in range(steps + 1):
-        wait()
-        start = time.perf_counter()
-        _, _, waited = train_step(net, batches, optimiser, args.lr, args, where)
-        wait()
-        times.append((time.perf_counter() - start, waited))
-    seconds, waited = np.median(times[1:], 0)
-    where.say(f"{args.batch} volumes x {args.crops} crops of {'x'.join(map(str, args.roi))}, --augment {args.augment}, {args.workers} workers, "
-              f"{str(where.dtype)[6:]} on {where.world} x {where.device.type}\n"
-              f"loader and augmentation {rate:8.1f} crops/s a rank\n"
-              f"step                    {1e3 * seconds:8.1f} ms: {args.batch * args.crops / seconds:.2f} crops/s, "
-              f"{waited / seconds:.2%} of it waiting for data\n"
-              f"peak memory             {peak_memory(where.device) / 2 ** 30:8.2f} GiB")
-
-
-# ---------------------------------------------------------------- main
-
-
-def build_model(args, state, classes, where):
-    """Encoder from --init (or the run to resume) and a fresh decoder."""
-    torch.manual_seed(args.seed)
-    cuda = where.device.type == "cuda"
-    if state:
-        encoder = Model(Config(**state["config"]))
-    elif args.init == "scratch":
-        args.size = args.size or ("base" if cuda else "nano")
-        encoder = Model(Config(**SIZES[args.size]))
-    else:
-        encoder = load_pretrained(args.init)
-        have = {k: v for k, v in asdict(encoder.config).items() if k in SIZES["base"]}
-        if args.size and have != SIZES[args.size]:
-            raise BadInput(f"--init {args.init}: its model has {have}, --size {args.size} is {SIZES[args.size]}; leave --size out")
-    if any(r % encoder.config.patch for r in args.roi):
-        raise BadInput(f"--roi {' '.join(map(str, args.roi))}: not a multiple of the patch {encoder.config.patch} of --init {args.init}")
-    if where.device.type == "cpu" and where.dtype == torch.bfloat16 and min(args.roi) < 4 * encoder.config.patch:
-        # the bf16 weight gradient of a 3³ convolution over 2³ voxels reads memory that was never written (torch 2.13 on CPUs)
-        where.dtype = torch.float32
-        where.say(f"--roi {min(args.roi)} is less than 4 patches: float32, since bfloat16 convolutions of so small maps fail on CPUs")
-    model = Segmenter(encoder, len(classes) + 1, args.features)
-    if state:
-        fit(model, state["model"], Path(args.out) / "ckpt.pt")
-    if args.freeze:
-        encoder.requires_grad_(False)
-    kernels, why = choose(args.kernels, where.device)
-    encoder.use(kernels)
-    where.say(f"--kernels {args.kernels}: {kernels} ({why})")
-    return model.to(where.device)
+        total += loss.detach() / machine.world
+    return total, waited
 
 
 def main():
     p = parser()
     args = p.parse_args()
-    if not args.task:
-        raise BadInput(f"--task NAME is needed: {', '.join(SEG_TASKS)}, or a name of your own with --data DIR")
-    out = Path(args.out or f"out/seg-{args.task}")
-    state = None
-    if args.resume and (out / "ckpt.pt").exists():
-        state = load_checkpoint(out / "ckpt.pt", SEGMENTER)
-        args = resumed_args(p, state["args"], FREE)
-        args.out = str(out)
-
-    # devices
-    where = place(args.device, args.dtype, args.seed)
-    stop = StopRequest()
-    task = settle(args, where)
+    fill(args, {"out": f"out/seg-{args.task}"})
+    args, state = resumed(p, args, args.out, SEGMENTER)
+    out = Path(args.out)
+    machine = setup(args)
+    setting = settle(args, machine)
 
     # data
-    cases, classes = find_cases(args.task, args.data, args.classes, where)
-    ready, failed = prepare_all(cases, classes, task, args, where)
-    report_failed(failed, ready, args, where)
-    train, val = ([c for c in ready if c["split"] == s] for s in ("train", "val"))
-    chosen = set(label_subset([c["id"] for c in train], args.labels, args.seed))
-    train = [c for c in train if c["id"] in chosen]
-    if args.steps is None:
-        args.steps = max(1, round(args.epochs * len(train) / args.batch))
-    args.val_every = args.val_every or max(1, -(-args.steps // args.vals))
-    args.save_every = args.save_every or args.val_every
-    where.say(f"{args.data}: {len(train)} volumes to train on{f' (--labels {args.labels:g})' if args.labels < 1 else ''}, {len(val)} to validate, "
-              f"{len(classes)} classes; {args.steps} steps of {args.batch} volumes x {args.crops} crops of {'x'.join(map(str, args.roi))} at "
-              f"{' x '.join(f'{s:g}' for s in args.spacing) + ' mm' if args.spacing else 'their own spacing'}")
+    make_phantom(args.task, args.data, machine)
+    cases, classes = find_cases(args.task, args.data, args.classes, machine)
+    setting["classes"] = classes
+    train, val, failed = prepare_all(cases, setting, machine)
+    names = label_subset([c["id"] for c in train], args.labels, args.seed)
+    train = [c for c in train if c["id"] in names]
+    fill(args, {"steps": max(1, round(args.epochs * len(train) / args.batch))})
+    fill(args, {"val_every": -(-args.steps // args.vals)})
+    fill(args, {"save_every": args.val_every})
+    machine.say(
+        f"{args.data}: {len(train)} volumes to train on (--labels {args.labels:g}), {len(val)} to "
+        f"validate, {len(classes)} classes; {args.steps} steps of {args.batch} volumes x "
+        f"{args.crops} crops of {text_of(setting['roi'])} at {args.spacing or 'their own'} mm"
+    )
 
-    # model
-    model = build_model(args, state, classes, where)
-    K, L = len(classes) + 1, model.encoder.config.layers
-    where.say(f"UNETR on a ViT of {L} layers, width {model.encoder.config.width}: encoder {sum(w.numel() for w in model.encoder.parameters()) / 1e6:.1f} M"
-              f"{' (frozen)' if args.freeze else ''}, decoder {sum(w.numel() for w in model.decoder.parameters()) / 1e6:.1f} M parameters, "
-              f"--init {args.init}, {str(where.dtype)[6:]} on {where.world} x {where.device.type}")
-    if args.compile:
-        model.compile()
-    net = model
-    if where.world > 1:
-        net = DistributedDataParallel(model, device_ids=[where.device.index] if where.device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-    # resume, optimiser
-    optimiser = torch.optim.AdamW(layer_decay_groups(model, args.lr, args.wd, args.decay), lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    first, best = 0, -1.0
+    # model, optimiser
+    model = build(args, state, setting, machine)
+    net = distribute(model, machine)
+    groups = layer_decay_groups(model, args.lr, args.wd, args.layer_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    first, best, dice = 0, -1.0, None
     if state:
-        if state["train"] != [c["id"] for c in train]:
-            raise BadInput(f"--data {args.data}: holds other training cases than those that the run to resume was started with")
+        if state["train"] != names:
+            raise BadInput(
+                f"--data {args.data}: holds other cases than the run to resume trains on"
+            )
+        fit(model, state["model"], out / "ckpt.pt")
         optimiser.load_state_dict(state["optimiser"])
         first, best = state["step"], state["best"]
-    draws = Crops(train, args.roi, args.crops, args.foreground, args.seed)
-    loader = torch.utils.data.DataLoader(draws, batch_sampler=micro_batches(first, args, where), num_workers=args.workers, collate_fn=join,
-                                         pin_memory=where.device.type == "cuda", prefetch_factor=4 if args.workers else None)
-    if args.bench:
-        return bench(net, loader, optimiser, args, where)
-    if not state and where.main:
-        if args.resume:
-            where.say(f"no checkpoint in {out}: starting at step 0")
-        keep_earlier_run(out, where.say)
-    if where.main:
-        out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.jsonl", resume_step=first if state else None)
-        write_json(out / "args.json", vars(args))
-        write_json(out / "subset.json", dict(labels=args.labels, seed=args.seed, train=[c["id"] for c in train], val=[c["id"] for c in val]))
-        with write_beside(out / "skipped.csv") as tmp, open(tmp, "w", newline="") as f:
-            csv.writer(f).writerows([("case", "split", "reason"), *failed])
-    batches = iter(loader)
-    if state:
-        set_random_states(state["random"], where)
-    made = dict(task=args.task, data=args.data, classes=classes, window=args.window, mr_after=task.get("mr_after"), spacing=args.spacing, roi=args.roi,
-                features=args.features, overlap=args.overlap)
-    kept = dict(format=SEGMENTER, config=asdict(model.encoder.config), made=made)
+    log = open_run(out, args, machine, state)
+    if machine.main:
+        write_json(out / "subset.json", {"train": names, "val": [c["id"] for c in val]})
+        write_table(out / "skipped.csv", ("case", "split", "reason"), failed)
 
-    def save(step):
-        states = random_states(where)
-        if where.main:
-            save_checkpoint(out / "ckpt.pt", **kept, model=model.state_dict(), optimiser=optimiser.state_dict(), step=step, best=best,
-                            train=[c["id"] for c in train], random=states, args=vars(args))
-
-    def validate(step):
-        nonlocal best
-        start = time.perf_counter()
-        counts, found = evaluate(model, val, K, args, where)
-        dice = dice_of(counts)
-        means = class_means(dice)
-        mean = float(np.nanmean(means))
-        where.say(f"step {step:>6}: validation Dice {mean:.3f} ({time.perf_counter() - start:.0f} s)")
-        if where.main:
-            log.write(step=step, val_dice=mean, dice=[None if np.isnan(d) else d for d in means])
-            draw_curves(out / "curves.png", read_log(out / "log.jsonl"), classes)
-            image, truth = (np.array(mapped(val[0], a), np.float32) for a in ("image", "label"))
-            draw_overlay(out / "overlay.png", image, truth.astype(np.uint8), found, classes, val[0]["geometry"]["spacing"], f"{val[0]['id']}, step {step}")
-            if mean > best:
-                save_checkpoint(out / "best.pt", **kept, model=model.state_dict(), step=step, val_dice=mean)
-        best = max(best, mean)
-        return dice
+    def save(name, **more):
+        if machine.main:
+            more |= {"format": SEGMENTER, "config": asdict(model.encoder.config)}
+            save_checkpoint(out / name, **more, setting=setting, model=model.state_dict())
 
     # loop
-    last = min(args.steps, first + args.stop_after) if args.stop_after else args.steps
-    running, since, waited = torch.zeros((), device=where.device), first, 0.0
-    bar = tqdm(total=args.steps, initial=first, disable=not where.main, mininterval=1, desc="segmentation", unit="step")
-    clock, step, dice = time.perf_counter(), first, None
-    while step < last:
+    draws = Crops(train, setting["roi"], args.crops, args.seed)
+    numbers = micro_batches(first, args, machine)
+    samples = batches(draws, numbers, machine, args.workers)
+    loop, waited = Loop(args, machine, log, first, args.steps, "segmentation"), 0.0
+    loop.per_second["samples_per_s"] = args.batch * args.crops
+    for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, round(args.warmup * args.steps))
-        logged = (step + 1) % args.log_every == 0 or step + 1 == last or where.world == 1 and stop.asked
-        loss, norm, seconds = train_step(net, batches, optimiser, lr, args, where, logged)
-        running, waited = running + loss, waited + seconds
-        step += 1
-        bar.update()
-        stopping = False
-        if logged:
-            mean = where.sum(running).item() / (step - since)
-            seconds = time.perf_counter() - clock
-            stopping = stop.agreed(where)
-            bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-            if where.main:
-                log.write(step=step, loss=mean, lr=lr, grad_norm=norm.item(), samples_per_s=(step - since) * args.batch * args.crops / seconds,
-                          waiting=waited / seconds, seconds=seconds)
-            running, since, waited, clock = torch.zeros_like(running), step, 0.0, time.perf_counter()
-        pause = time.perf_counter()
-        if step % args.val_every == 0 or step == args.steps:
-            dice = validate(step)
-        if step % args.save_every == 0 or step == last or stopping:
-            save(step)
-        clock += time.perf_counter() - pause  # samples_per_s is of training alone
-        if stopping:
-            break
-    bar.close()
+        loss, seconds = train_step(net, samples, args, machine)
+        norm = optimiser_step(optimiser, lr, args.clip, loop.logged)
+        waited += seconds
+        if loop.logged:  # seconds a step, so that their rate is the share of the time
+            loop.per_second["waiting"], waited = waited / (step + 1 - loop.since), 0.0
+        loop.took(loss, lr=lr, grad_norm=norm)
+        with loop.paused():
+            if loop.due(args.val_every):
+                dice, mean = validate(model, val, setting, loop.step, log, out, machine)
+                if mean > best:
+                    best = mean
+                    save("best.pt", step=loop.step, val_dice=mean)
+            if loop.saves:
+                more = {"optimiser": optimiser.state_dict(), "train": names, "args": vars(args)}
+                save("ckpt.pt", step=loop.step, best=best, **more)
+    if loop.finished:
+        if dice is None:  # the run to resume was at its end
+            dice, _ = evaluate(model, val, setting, machine)
+        metrics = {"step": loop.step, "best_mean_dice": best, "skipped": len(failed)}
+        report(dice, val, classes, metrics, out, machine)
 
-    if step < args.steps:
-        where.say(f"stopped at step {step} of {args.steps}, saved in {out / 'ckpt.pt'}: --resume goes on")
+
+def build(args, state, setting, machine):
+    """The encoder of --init (or of the run to resume) and a fresh decoder, on the device."""
+    torch.manual_seed(args.seed)
+    if state:
+        encoder = Model(Config(**state["config"]))
+    else:
+        encoder = new_encoder(args.init, "base" if machine.cuda else "nano", machine)
+    encoder.requires_grad_(not args.freeze)
+    patch, roi = encoder.config.patch, setting["roi"]
+    if any(r % patch for r in roi):
+        raise BadInput(f"--roi {roi}: not a multiple of the patch {patch} of {args.init}")
+    if not machine.cuda and machine.dtype == torch.bfloat16 and min(roi) < 4 * patch:
+        # the bf16 weight gradient of a 3³ convolution over 2³ voxels reads memory that was never
+        # written (torch 2.13 on CPUs)
+        machine.dtype = torch.float32
+        machine.say(f"--roi {roi}: less than 4 patches, where bf16 fails on CPUs: float32")
+    model = Segmenter(encoder, len(setting["classes"]) + 1, setting["features"])
+    choose_kernels(encoder, args, machine)
+    weights = sum(w.numel() for w in model.parameters()) / 1e6
+    machine.say(
+        f"--init {args.init}: {encoder.config.layers} layers, width {encoder.config.width}"
+        f"{' (frozen)' if args.freeze else ''}; with UNETR's decoder {weights:.1f} M parameters, "
+        f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}"
+    )
+    if args.compile:
+        model.compile()
+    return model.to(machine.device)
+
+
+# ---- data sets -------------------------------------------------------------------------------
+# A case is a dict: id, image, label (paths), split. What lists them yields these four.
+
+SPLITS = (("train", "training", "Tr"), ("val", "validation", "Va"))
+
+
+def make_phantom(task, data, machine):
+    """If the task is the phantom and is not there, rank 0 makes it. All ranks must call this."""
+    if machine.main and task == "phantom" and not Path(data, "dataset.json").exists():
+        machine.say(f"making phantom patients in {data}")
+        write_phantom(Path(data).parent, parts=("amos",))
+    machine.barrier()
+
+
+def find_cases(name, data, classes, machine):
+    """The cases of task `name` in folder `data`, by split and id, and the names of the classes.
+
+    classes: those names, if they are given. Where no case is listed for validation, a hash of the
+    case's id decides, so that its split does not depend on what else is there.
+    """
+    root, task, notes = Path(data), TASKS.get(name, OWN_TASK), {}
+    if not root.is_dir():
+        raise BadInput(f"{root}: no such folder. --task {name} needs {task['source']}; {LAYOUT}")
+    for file in ("dataset.json", "dataset_withVal.json"):  # the second has the last word
+        if (root / file).exists():
+            notes = read_json(root / file, "the table of contents of the Decathlon layout")
+    named = {int(k): str(v) for k, v in notes.get("labels", {}).items() if k.strip("0").isdigit()}
+    classes = classes or task["classes"] or [named[k] for k in sorted(named)]
+    if not 1 <= len(classes) <= 255:
+        raise BadInput(
+            f"--task {name}: {len(classes)} classes, where 1 to 255 are possible; name them with "
+            f"--classes NAME …, or as labels in {root / 'dataset.json'}"
+        )
+    rows = [*listed(root, notes)] or [*listed_in_h5(root)] or [*found_on_disk(root)]
+    if not rows:
+        folder = root / "labelsTr"
+        words = f"{folder} {'holds no *.nii.gz' if folder.is_dir() else 'does not exist'}"
+        raise BadInput(f"{root}: no labelled scans ({LAYOUT}); {words}")
+    cases = [dict(zip(("id", "image", "label", "split"), map(str, row))) for row in rows]
+    if all(c["split"] == "train" for c in cases):
+        machine.say(f"{root}: lists no validation cases; a hash of the id keeps a fifth")
+        cases.sort(key=lambda c: hash_share(c["id"]))
+        for c in cases:
+            if hash_share(c["id"]) < 0.2:
+                c["split"] = "val"
+        cases[0]["split"], cases[-1]["split"] = "val", "train"  # however few there are
+    return sorted(cases, key=lambda c: (c["split"], c["id"])), classes
+
+
+def hash_share(name):
+    """A number in [0, 1) that depends on the name of a case alone."""
+    return int(digest(name.encode(), 8), 16) / 2**64
+
+
+def listed(root, notes):
+    """Cases of dataset.json with both image and label (entries without one are test scans)."""
+    for split, key, _ in SPLITS:
+        for e in notes.get(key, []):
+            if isinstance(e, dict) and e.keys() >= {"image", "label"} and "/._" not in e["image"]:
+                image = root / e["image"]
+                yield stem_of(image), image, root / e["label"], split
+
+
+def found_on_disk(root):
+    """Pairs of one name in imagesTr and labelsTr (Va: validation), litter of macOS (._*) aside."""
+    for split, _, tag in SPLITS:
+        for label in (root / f"labels{tag}").glob("[!.]*.nii*"):
+            image = root / f"images{tag}" / label.name
+            channel = image.with_name(f"{stem_of(label)}_0000.nii.gz")  # nnU-Net's names
+            image = channel if channel.exists() else image
+            yield stem_of(label), image, label, split
+
+
+def listed_in_h5(root):
+    """UA-MT's copy of the left atria: NAME/mri_norm2.h5, the names in train.list and test.list."""
+    files, splits = {f.parent.name: f for f in root.rglob("mri_norm2.h5")}, {}
+    if not files:
         return
-    if dice is None:
-        dice = dice_of(evaluate(model, val, K, args, where)[0])
-    if where.main:
-        report(dice, classes, val, step, best, failed, out, where)
+    for split, title in (("train", "train.list"), ("val", "test.list")):
+        for names in root.rglob(title):
+            splits |= dict.fromkeys(names.read_text().split(), split)
+    for name, split in (splits or dict.fromkeys(files, "train")).items():
+        file = files.get(name, root / name / "mri_norm2.h5")
+        yield name, file, file, split
 
 
-def report_failed(failed, ready, args, where):
-    """A line for each case that cannot be used; BadInput if too few are left to train or to validate."""
-    lines = [f"  {split} {name}: {reason}" for name, split, reason in failed]
-    for split in ("train", "val"):
-        if not any(c["split"] == split for c in ready):
-            raise BadInput("\n".join([f"{args.data}: no case left to {'train on' if split == 'train' else 'validate with'}", *lines]))
-    if failed:
-        where.say("\n".join([f"{len(failed)} cases cannot be used and are left out:", *lines]))
+def range_of_case(case, intensity_range, mr_after):
+    """`intensity_range`, or percentiles where the id's number is above `mr_after` (AMOS: MR)."""
+    number = re.search(r"(\d+)\D*$", case["id"])
+    return "percentiles" if mr_after and number and int(number[1]) > mr_after else intensity_range
 
 
-def report(dice, classes, val, step, best, failed, out, where):
-    where.say(f"{'Dice':>22}   mean    min    max  cases")
-    for k, name in enumerate(classes):
-        d = dice[:, k][~np.isnan(dice[:, k])]
-        where.say(f"{name:>22}  " + (f"{d.mean():.3f}  {d.min():.3f}  {d.max():.3f}  {len(d):5}" if len(d) else "none of the cases has it"))
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def read_case(case, K):
+    """A case's scan as `read_scan` returns it, and its labels [X, Y, Z] uint8, 0 … K − 1.
+
+    BadInput names the file at fault.
+    """
+    for what in ("image", "label"):
+        if not os.path.exists(case[what]):
+            raise BadInput(f"{case[what]}: no such {what} file, though it is listed")
+    if case["image"].endswith(".h5"):
+        values, labels = read_h5(case["image"])
+        ras = own = grid = np.eye(4)
+    else:
+        values, ras, own = read_named(case["image"])
+        labels, grid, _ = read_named(case["label"])
+    gap = apart(grid, ras, values.shape)
+    low, high, whole = labels.min(), labels.max(), labels.astype(np.uint8)
+    if labels.shape != values.shape:
+        wrong = f"label {text_of(labels.shape)}, image {text_of(values.shape)} voxels (RAS)"
+    elif gap > 0.5:
+        wrong = f"its affine is not the image's: corners are up to {gap:.1f} voxels apart"
+    elif low < 0 or high >= K:
+        wrong = f"label values {low:g} ... {high:g}, where 0 ... {K - 1} are expected"
+    elif not np.array_equal(whole, labels):
+        wrong = "labels that are not integers"
+    else:
+        return values, ras, own, whole
+    raise BadInput(f"{case['label']}: {wrong}")
+
+
+def read_named(path):
+    """`read_scan`, where BadInput names the file."""
+    try:
+        return read_scan(path)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+
+
+def read_h5(path):
+    try:
+        import h5py
+    except ImportError:
+        raise BadInput(f"{path}: HDF5 files need h5py: pip install h5py") from None
+    try:
+        with h5py.File(path) as f:
+            return f["image"][:], f["label"][:]
+    except (OSError, KeyError) as e:
+        raise BadInput(f"{path}: not an HDF5 file with image and label ({e})") from None
+
+
+# ---- preparation and back --------------------------------------------------------------------
+
+
+def normalise(values, intensity_range):
+    """Values -> float32: (low, high) or "percentiles" (1, 99.9) to [0, 1], or "zscore"."""
+    values = np.asarray(values, np.float32)
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise BadInput(f"{(~finite).sum()} voxels are NaN or infinite")
+    if intensity_range == "zscore":
+        return (values - values.mean()) / max(values.std(), 1e-6)
+    if intensity_range == "percentiles":
+        intensity_range = np.percentile(values, [1, 99.9])
+    low, high = intensity_range
+    return np.clip((values - low) / max(float(high - low), 1e-6), 0, 1)
+
+
+def prepare(values, ras, own, spacing, intensity_range):
+    """What `read_scan` returned -> float16 [X, Y, Z] in RAS+ at `spacing` (mm; None: as it is), cut
+    to its foreground, and the geometry (plain types) with which labels follow and come back.
+
+    The grid keeps its directions and its extent, so an oblique scan stays oblique and a spacing is
+    met to half a voxel over the whole extent. Foreground is the box of what is above the minimum.
+    """
+    if values.ndim != 3:
+        raise BadInput(f"{values.ndim}D ({text_of(values.shape)}), and one volume is needed")
+    size = nib.affines.voxel_sizes(ras)
+    extent = np.multiply(values.shape, size)
+    shape = [max(1, round(n)) for n in (extent / (spacing or size)).tolist()]
+    volume = torch.from_numpy(normalise(values, intensity_range))[None, None]
+    volume = F.interpolate(volume, shape, mode="trilinear")[0, 0].numpy()
+    geometry = {
+        "shape": list(values.shape),
+        "affine": own.tolist(),
+        "resampled": shape,
+        "box": box_of(volume > volume.min()),
+        "spacing": (extent / shape).tolist(),
+    }
+    return np.ascontiguousarray(volume[boxed(geometry["box"])], np.float16), geometry
+
+
+def box_of(mask):
+    """Where a mask begins and has ended along each axis; all of it where it has nothing."""
+    box = []
+    for axis, n in enumerate(mask.shape):
+        hit = np.flatnonzero(mask.any(tuple({*range(mask.ndim)} - {axis}))).tolist()
+        box.append([hit[0], hit[-1] + 1] if hit else [0, n])
+    return box
+
+
+def boxed(box):
+    return tuple(slice(a, b) for a, b in box)
+
+
+def nearest(labels, shape):
+    """[X, Y, Z] -> `shape` by the nearest voxel of the same extent: labels are never mixed."""
+    index = [((np.arange(m) + 0.5) * n / m).astype(int) for n, m in zip(labels.shape, shape)]
+    return labels[np.ix_(*index)]
+
+
+def prepare_labels(labels, geometry):
+    """Labels on the scan's RAS+ grid -> the prepared one."""
+    return nearest(labels, geometry["resampled"])[boxed(geometry["box"])]
+
+
+def uncut(volume, geometry):
+    """An array on the prepared grid -> uint8 on the resampled one, with zeros around."""
+    whole = np.zeros(geometry["resampled"], np.uint8)
+    whole[boxed(geometry["box"])] = volume
+    return whole
+
+
+def smooth(labels, shape):
+    """[X, Y, Z] -> `shape`: each class's share is interpolated (trilinear), the largest wins."""
+    if labels.shape == tuple(shape):
+        return labels
+    hats = [linear_weights(n, m).numpy() for n, m in zip(labels.shape, shape)]
+    best, won = np.zeros(shape, np.float32), np.zeros(shape, labels.dtype)
+    rest = np.ones(shape, np.float32)  # the background's share
+    for k in np.unique(labels[labels > 0]):
+        mask = labels == k
+        box = box_of(mask)
+        hits = [hat[a:b] for hat, (a, b) in zip(hats, box)]
+        reached = boxed(box_of(hit)[1] for hit in hits)  # the class's share is 0 elsewhere
+        hits = [hit[:, part] for hit, part in zip(hits, reached)]
+        share = np.einsum("ix,jy,kz,ijk->xyz", *hits, mask[boxed(box)], optimize=True)
+        rest[reached] -= share
+        better = share > best[reached]
+        best[reached][better] = share[better]
+        won[reached][better] = k
+    won[rest > best] = 0
+    return won
+
+
+def invert(labels, geometry):
+    """Labels on the prepared grid -> on the file's own grid, and the file's own affine."""
+    return to_own_axes(smooth(uncut(labels, geometry), geometry["shape"]), geometry["affine"])
+
+
+def to_own_axes(values, own):
+    """An array in RAS+ -> in the axes of the file, whose affine is `own`, and that affine."""
+    own = np.array(own)
+    ras, axes = nib.orientations.axcodes2ornt("RAS"), nib.orientations.io_orientation(own)
+    axes = nib.orientations.ornt_transform(ras, axes)
+    return np.ascontiguousarray(nib.orientations.apply_orientation(values, axes)), own
+
+
+# ---- the cache -------------------------------------------------------------------------------
+# A prepared case is NAME.image.npy (float16), NAME.label.npy (uint8), NAME.voxels.npy (int16
+# [n, 3], class after class) and, written last, NAME.json.
+
+VERSION = 2  # of these files
+MOST = 10_000  # voxels of a class that crops are centred on
+
+
+def prepare_all(cases, setting, machine):
+    """Prepare what the cache does not hold, ranks sharing the work.
+
+    Returns the cases to train on, those to validate with, and (id, split, reason) of those that
+    cannot be used. BadInput if too few are left.
+    """
+    folder, jobs = CACHE / setting["task"], []
+    for c in cases:
+        files = [*filter(os.path.exists, (c["image"], c["label"]))]
+        intensity_range = range_of_case(c, setting["intensity_range"], setting["mr_after"])
+        how = [len(setting["classes"]) + 1, setting["spacing"], intensity_range]
+        key = repr((VERSION, files, stamp_of(files), how)).encode()
+        path = f"{folder / c['id']}-{digest(key, 6)}"
+        jobs.append(c | {"path": path, "how": how})
+    machine.say(f"{len(jobs)} cases; prepared scans are kept in {folder}")
+    n, words = machine.world, machine.main and "preparing scans"
+    mine = [*parallel(prepare_case, jobs[machine.rank :: n], cores() // n, words)]
+    for rank, part in enumerate(machine.gather(mine)):
+        jobs[rank::n] = part
+    failed, usable = [], {"train": [], "val": []}
+    for c in jobs:
+        name, split, reason = c["id"], c["split"], c.get("error")
+        if reason:
+            machine.say(f"{split} case {name} cannot be used and is left out: {reason}")
+            failed.append((name, split, reason))
+        else:
+            usable[split].append(c)
+    train, val = usable.values()
+    if not train or not val:
+        raise BadInput(
+            f"{setting['data']}: {len(train)} cases to train on and {len(val)} to validate with, "
+            f"{len(failed)} that cannot be used (above); one of each is needed"
+        )
+    return train, val, failed
+
+
+def prepare_case(job):
+    """In a worker: the job with what its NAME.json holds, or with an error: why it is of no use."""
+    side = f"{job['path']}.json"
+    try:
+        if not os.path.exists(side):
+            write_json(side, store(job, *job["how"]))
+        return job | read_json(side, "a prepared case")
+    except BadInput as e:
+        return job | {"error": str(e)}
+
+
+def store(case, K, spacing, intensity_range):
+    """Write the arrays of a case: its geometry, and by class the voxels listed and cut off."""
+    *scan, labels = read_case(case, K)
+    image, geometry = prepare(*scan, spacing, intensity_range)
+    label = prepare_labels(labels, geometry)
+    rng, voxels = default_rng(0), []
+    for k in range(1, K):
+        at = np.argwhere(label == k).astype(np.int16)
+        if len(at) > MOST:
+            at = at[np.sort(rng.choice(len(at), MOST, replace=False))]
+        voxels.append(at)
+    for name, array in ("image", image), ("label", label), ("voxels", np.concatenate(voxels)):
+        with write_beside(f"{case['path']}.{name}.npy") as tmp:
+            np.save(tmp, array)
+    whole = nearest(labels, geometry["resampled"])
+    whole[boxed(geometry["box"])] = 0
+    outside = np.bincount(whole.reshape(-1), minlength=K).tolist()
+    return {"geometry": geometry, "voxels": [len(v) for v in voxels], "outside": outside}
+
+
+def opened(case, what):
+    return np.load(f"{case['path']}.{what}.npy", mmap_mode="r")
+
+
+# ---- crops -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Crops:
+    """Draw n: `crops` crops of one volume, a function of (cases, seed, n) alone.
+
+    Each pass over the cases has its own order. A draw is image float16 [crops, X, Y, Z], label
+    uint8, and chance float64 [crops, 32]: numbers for the augmentation.
+    """
+
+    cases: list
+    roi: list
+    crops: int
+    seed: int
+
+    def __getitem__(self, n):
+        epoch, i = divmod(n, len(self.cases))
+        order = default_rng([self.seed, 0, epoch]).permutation(len(self.cases))
+        case, rng = self.cases[order[i]], default_rng([self.seed, 1, n])
+        image, label, voxels = (opened(case, a) for a in ("image", "label", "voxels"))
+        counts, room, crops = case["voxels"], np.subtract(image.shape, self.roi).clip(0), []
+        for _ in range(self.crops):  # around a labelled voxel of a class drawn first, or anywhere
+            if rng.random() < FOREGROUND and len(voxels):
+                k = rng.choice(np.flatnonzero(counts))
+                centre = voxels[sum(counts[:k]) + rng.integers(counts[k])]
+                corner = (centre - np.array(self.roi) // 2).clip(0, room)
+            else:
+                corner = rng.integers(room + 1)
+            crops.append([cut_padded(a, corner, self.roi) for a in (image, label)])
+        return *map(np.stack, zip(*crops)), rng.random((self.crops, 32))
+
+
+def margins(shape, roi):
+    """Zeros before and after, along each axis, that bring a volume up to the size of a crop."""
+    short = np.subtract(roi, shape).clip(0).tolist()
+    return [(s // 2, s - s // 2) for s in short]
+
+
+def cut_padded(array, start, roi):
+    """The box at `start`, amid zeros where the volume is smaller than it."""
+    part = cut(array, start, roi)
+    return np.pad(part, margins(part.shape, roi))
+
+
+# ---- augmentation ----------------------------------------------------------------------------
+
+
+def augment(image, label, chance, args):
+    """A batch on its device, float32 [B, X, Y, Z] and uint8, changed as `chance` [B, 32] says."""
+    for i, u in enumerate(chance.tolist()):
+        if args.augment == "strong":
+            image[i], label[i] = deform(image[i], label[i], u)
+            image[i] = degrade(image[i], u)
+        if u[5] < args.intensity:
+            image[i] *= 0.9 + 0.2 * u[6]
+        if u[7] < args.intensity:
+            image[i] += 0.2 * u[8] - 0.1
+        axes = [a for a in range(3) if u[a] < args.flip]
+        turns = 1 + int(3 * u[4]) if u[3] < args.rotate else 0
+        for t in (image, label):
+            t[i] = t[i].flip(axes).rot90(turns, (0, 1))
+    return image, label
+
+
+def deform(image, label, u):
+    """A crop by up to 15° about each axis, 0.85 … 1.25 as large, bent: resampled once."""
+    turn, half = np.eye(3), np.array(image.shape) / 2
+    if u[12] < 0.2:
+        angles = (2 * np.array(u[9:12]) - 1) * [15, -15, 15]
+        turn = Rotation.from_euler("XYZ", angles, degrees=True).as_matrix()
+    if u[13] < 0.2:
+        turn = turn / (0.85 + 0.4 * u[14])
+    # coordinates from −1 to 1, the last axis first, are what the functions of grids take
+    turn = np.c_[(turn * half / half[:, None])[::-1, ::-1], np.zeros(3)]
+    turn = image.new_tensor(turn[None])  # [1, 3, 4]
+    at = F.affine_grid(turn, (1, 1, *image.shape), align_corners=False)  # [1, X, Y, Z, 3]
+    if u[16] < 0.2:
+        bumps = noise((1, 3, 5, 5, 5), np.float32(u[15]), image) * 30 * u[16]  # voxels
+        bumps = F.interpolate(bumps, image.shape, mode="trilinear", align_corners=True)
+        at += (bumps.movedim(1, -1) / image.new_tensor(half)).flip(-1)
+    image = F.grid_sample(image[None, None], at, padding_mode="border", align_corners=False)
+    label = F.grid_sample(label[None, None].float(), at, mode="nearest", align_corners=False)
+    return image[0, 0], label[0, 0]
+
+
+def noise(shape, seed, like):
+    generator = torch.Generator(like.device).manual_seed(int(seed * 2**31))
+    return torch.randn(shape, generator=generator, device=like.device)
+
+
+def degrade(v, u):
+    """Noise, blur, brightness, contrast, low resolution, gamma of a crop [X, Y, Z], as nnU-Net."""
+    if u[17] < 0.1:
+        v = v + noise(v.shape, u[18], v) * (0.1 * u[19]) ** 0.5
+    if u[20] < 0.2:
+        weights = bell(7, 0.5 + 0.5 * u[21]).to(v.device)
+        for _ in range(3):  # the last axis, which then comes first
+            v = (F.pad(v, (3, 3)).unfold(2, 7, 1) @ (weights / weights.sum())).movedim(2, 0)
+    if u[22] < 0.15:
+        v = v * (0.75 + 0.5 * u[23])
+    if u[24] < 0.15:
+        v = v.lerp(v.mean(), 0.25 - 0.5 * u[25]).clamp(*v.aminmax())
+    if u[26] < 0.25:
+        small = [max(1, round(n * (0.5 + 0.5 * u[27]))) for n in v.shape]
+        small = F.interpolate(v[None, None], small, mode="nearest")
+        v = F.interpolate(small, v.shape, mode="trilinear")[0, 0]
+    if u[28] < 0.3:
+        low, high = v.aminmax()
+        span = high - low
+        v = ((v - low) / span.clamp(min=1e-6)) ** (0.7 + 0.8 * u[29]) * span + low
+    return v
+
+
+def bell(n, sigma):
+    """A Gaussian at n points, 1 in their middle."""
+    return torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / sigma) ** 2)
+
+
+# ---- network ---------------------------------------------------------------------------------
+
+
+def instance_norm(x):
+    """Each channel of each sample by its own mean and variance, no weights."""
+    # a group a channel is the same, faster on a CPU
+    return F.group_norm(x, x.shape[1]) if x.device.type == "cpu" else F.instance_norm(x)
+
+
+class Residual(nn.Module):
+    """Two 3³ convolutions with instance norm, a 1³ one beside them where the width changes."""
+
+    def __init__(self, wide, narrow):
+        super().__init__()
+        self.conv1 = nn.Conv3d(wide, narrow, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(narrow, narrow, 3, padding=1, bias=False)
+        self.beside = nn.Conv3d(wide, narrow, 1, bias=False) if wide != narrow else None
+
+    def forward(self, x):
+        y = F.leaky_relu(instance_norm(self.conv1(x)), 0.01)
+        y = instance_norm(self.conv2(y))
+        x = x if self.beside is None else instance_norm(self.beside(x))
+        return F.leaky_relu(x + y, 0.01)
+
+
+def upsampler(wide, narrow, stride):
+    return nn.ConvTranspose3d(wide, narrow, stride, stride, bias=False)
+
+
+def climb(wide, narrow, strides):
+    """From the patch grid up to where a skip joins."""
+    layers = [upsampler(wide, narrow, strides[0])]
+    for stride in strides[1:]:
+        layers += [upsampler(narrow, narrow, stride), Residual(narrow, narrow)]
+    return nn.Sequential(*layers)
+
+
+class Decoder(nn.Module):
+    """UNETR (Hatamizadeh et al. 2022): hidden states, from the patch grid up to the voxels.
+
+    The scan joins in at full resolution. Four up-samplings undo a patch of 16; a smaller patch
+    needs fewer, and the first ones keep the size (stride 1). f: feature size, 16 in the paper.
+    """
+
+    def __init__(self, width, patch, classes, f):
+        super().__init__()
+        if patch not in (2, 4, 8, 16):
+            raise BadInput(f"patch {patch}: UNETR doubles the grid, so it must be 2, 4, 8 or 16")
+        doublings = patch.bit_length() - 1
+        strides = [1] * (4 - doublings) + [2] * doublings  # of the four stages, from the grid up
+        widths = width, 8 * f, 4 * f, 2 * f, f
+        skips = [Residual(1, f)]  # the scan itself
+        skips += [climb(width, widths[i], strides[:i]) for i in (3, 2, 1)]
+        self.skips = nn.ModuleList(reversed(skips))
+        self.ups = nn.ModuleList(map(upsampler, widths, widths[1:], strides))
+        self.joins = nn.ModuleList(Residual(2 * narrow, narrow) for narrow in widths[1:])
+        self.out = nn.Conv3d(f, classes, 1)
+
+    def forward(self, scan, grids):
+        """scan [B, 1, X, Y, Z], four grids [B, C, x, y, z], deepest last -> [B, K, X, Y, Z]."""
+        *skipped, x = scan, *grids
+        for up, join, skip, y in zip(self.ups, self.joins, self.skips, reversed(skipped)):
+            x = join(torch.cat([up(x), skip(y)], 1))
+        return self.out(x)
+
+
+class Segmenter(nn.Module):
+    """Encoder with all visible to all, and UNETR's decoder: [B, X, Y, Z] -> logits [B, K, X, Y, Z].
+
+    Any size that the patch divides, whatever the pre-training grid: positions are computed. Skips
+    are the outputs of blocks L/4, L/2 and 3L/4 (0-based; 3, 6 and 9 of 12), and the final norm.
+    """
+
+    def __init__(self, encoder, classes, features=FEATURES):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = Decoder(encoder.config.width, encoder.config.patch, classes, features)
+        encoder.head.requires_grad_(False)  # predicts patches: no part in this
+
+    def forward(self, volume):
+        _, hidden = self.encoder.encode(volume)  # [B, G, C] a block
+        L, grid = len(hidden), grid_of(volume.shape[1:], self.encoder.config.patch)
+        skipped = [hidden[i] for i in (L // 4, L // 2, 3 * L // 4, -1)]
+        grids = [h.mT.reshape(len(volume), -1, *grid) for h in skipped]  # [B, C, x, y, z]
+        return self.decoder(volume[:, None], grids)
+
+
+def load_segmenter(path):
+    """The Segmenter in a checkpoint, and its setting: task, classes, intensity range, roi, …"""
+    state = load_checkpoint(path, SEGMENTER)
+    setting, encoder = state["setting"], Model(Config(**state["config"]))
+    net = Segmenter(encoder, len(setting["classes"]) + 1, setting["features"])
+    fit(net, state["model"], path)
+    return net, setting
+
+
+# ---- loss ------------------------------------------------------------------------------------
+
+
+def segmentation_loss(logits, label):
+    """Soft Dice with squared denominator, the background included, plus cross-entropy.
+
+    logits [B, K, X, Y, Z], label [B, X, Y, Z]; in float32 whatever the network ran in: sums of
+    squares over a crop overflow fp16. ε = 1e-6 stands in the denominator alone, so a class that is
+    not in a crop (nor predicted) costs 1/K of a crop, a constant.
+    """
+    logits, label = logits.float(), label.long()
+    p = logits.softmax(1)
+    target = torch.arange(p.shape[1], device=p.device).view(-1, 1, 1, 1) == label[:, None]
+    both, squares, count = (v.sum((2, 3, 4)) for v in (p * target, p.square(), target))  # [B, K]
+    return 1 - (2 * both / (squares + count + 1e-6)).mean() + F.cross_entropy(logits, label)
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+
+def starts(size, roi, overlap):
+    """Where the windows start along an axis: roi · (1 − overlap) apart, the last one flush."""
+    return [*range(0, size - roi, max(1, int(roi * (1 - overlap)))), max(0, size - roi)]
+
+
+@torch.no_grad()
+def sliding_window(predict, volume, roi, overlap=0.75, batch=WINDOWS, device="cpu", mirror=()):
+    """Mean of the windows' predictions with Gaussian weights (σ = roi / 8, as nnU-Net has it).
+
+    predict: [B, *roi] on `device` -> [B, K, *roi]. volume: [X, Y, Z] on the host, padded with zeros
+    where it is smaller than the window. mirror: axes, for the mean over all flips of them. Returns
+    float32 [K, X, Y, Z], on a GPU if that takes less than half of its free memory.
+    """
+    inner = boxed((a, r - b) for (a, b), r in zip(margins(volume.shape, roi), roi))
+    corners = [*itertools.product(*map(starts, volume.shape, roi, [overlap] * 3))]
+    weight = torch.cartesian_prod(*(bell(r, r / 8) for r in roi)).prod(1).view(*roi)
+    weight = weight.clamp(min=1e-3).to(device)  # the corners would all but vanish
+    flips, total = [()], None
+    for axis in mirror:
+        flips += [(*f, axis - 3) for f in flips]
+    for i in range(0, len(corners), batch):
+        part = corners[i : i + batch]
+        x = np.stack([cut_padded(volume, c, roi) for c in part])
+        x = torch.from_numpy(x).to(device).float()  # [B, *roi]
+        y = sum(predict(x.flip(f)).float().flip(f) for f in flips)  # [B, K, *roi]
+        y = F.pad(y, (*[0] * 7, 1), value=len(flips))  # one more, for the sum of the weights
+        y *= weight / len(flips)
+        if total is None:
+            shape = y.shape[1], *volume.shape
+            free = torch.cuda.mem_get_info(device)[0] if x.is_cuda else 0
+            total = torch.zeros(shape, device=device if 8 * np.prod(shape) < free else "cpu")
+        for c, scores in zip(part, y):
+            cut(total, (0, *c), scores.shape).add_(scores[:, *inner].to(total.device))
+        del y, scores  # before the next ones are there
+    return total[:-1].div_(total[-1])
+
+
+def overlap_counts(prediction, target, classes):
+    """Voxels of each class in both label maps, in the prediction, in the target: int64 [K, 3].
+
+    Dice = 2 · both / (prediction + target).
+    """
+    maps = prediction[prediction == target], prediction, target
+    return torch.stack([torch.bincount(m.flatten().long(), minlength=classes) for m in maps], 1)
+
+
+@torch.no_grad()
+def evaluate(model, cases, setting, machine):
+    """Dice [cases, K − 1], ranks sharing the work, and rank 0's prediction of the first case."""
+    K, mine = len(setting["classes"]) + 1, range(machine.rank, len(cases), machine.world)
+    counts, first = torch.zeros(len(cases), K, 3, dtype=torch.int64), None
+    roi, overlap = setting["roi"], setting["overlap"]
+    for i in tqdm(mine, desc="validation", leave=False, disable=not machine.main):
+        image, target = opened(cases[i], "image"), torch.tensor(opened(cases[i], "label"))
+        with machine.autocast():
+            scores = sliding_window(model, image, roi, overlap, device=machine.device)
+        prediction = scores.argmax(0).cpu()
+        counts[i] = overlap_counts(prediction, target, K)
+        counts[i, :, 2] += torch.tensor(cases[i]["outside"])
+        if i == 0:
+            first = prediction
+    return dice_of(machine.sum(counts.to(machine.device)).cpu()), first
+
+
+def dice_of(counts):
+    """[cases, K, 3] -> Dice [cases, K − 1], no background; NaN where a case lacks the class."""
+    both, prediction, target = counts[:, 1:].double().unbind(-1)
+    return torch.where(target > 0, 2 * both / (prediction + target), torch.nan).numpy()
+
+
+def class_means(dice):
+    """Mean over the cases that have it, for each class; NaN where none has."""
+    return np.ma.masked_invalid(dice).mean(0).filled(np.nan)
+
+
+def plain(values):
+    """An array for JSON: None for NaN."""
+    return np.where(np.isnan(values), None, values).tolist()
+
+
+def validate(model, cases, setting, step, log, out, machine):
+    """Dice [cases, K − 1] and the mean of the classes' means, which is logged and drawn."""
+    dice, prediction = evaluate(model, cases, setting, machine)
+    case, classes, means = cases[0], setting["classes"], class_means(dice)
+    mean = float(np.nanmean(means))
+    keys = [f"dice_{name}" for name in classes]
+    log.write(step=step, val_dice=mean, **dict(zip(keys, plain(means))))
+    machine.say(f"step {step:>6}: validation Dice {mean:.3f}")
+    if machine.main:
+        panels = ("Dice + cross-entropy", ["loss"], {}), ("Dice", ["val_dice", *keys], {})
+        draw_curves(out / "curves.png", read_log(log.path), *panels)
+        image, target = (np.float32(opened(case, a)) for a in ("image", "label"))
+        labels = target, prediction.numpy(), classes
+        title, spacing = f"{case['id']}, step {step}", case["geometry"]["spacing"]
+        draw_overlay(out / "overlay.png", image, *labels, spacing, title)
+    return dice, mean
+
+
+def report(dice, cases, classes, metrics, out, machine):
+    """Say the table of the last Dice scores, and write `metrics` and them to metrics.json."""
+    machine.say(f"{'Dice':>22}   mean    min    max  cases")
+    for name, values in zip(classes, dice.T):
+        v = values[~np.isnan(values)]
+        words = "none of the cases has it"
+        if len(v):
+            words = f"{v.mean():.3f}  {v.min():.3f}  {v.max():.3f}  {len(v):5}"
+        machine.say(f"{name:>22}  {words}")
     means = class_means(dice)
-    where.say(f"{'mean':>22}  {np.nanmean(means):.3f}  (best {best:.3f})")
-    write_json(out / "metrics.json", dict(step=step, mean_dice=float(np.nanmean(means)), best_mean_dice=best, skipped=len(failed),
-               dice={c: None if np.isnan(m) else m for c, m in zip(classes, means)},
-               cases={v["id"]: [None if np.isnan(x) else x for x in d] for v, d in zip(val, dice.tolist())}))
-    where.say("wrote " + ", ".join(str(out / f) for f in ("ckpt.pt", "best.pt", "log.jsonl", "metrics.json", "curves.png", "overlay.png")))
+    metrics["mean_dice"] = mean = float(np.nanmean(means))
+    machine.say(f"{'mean':>22}  {mean:.3f}  (best {metrics['best_mean_dice']:.3f})")
+    if machine.main:
+        metrics["dice"] = dict(zip(classes, plain(means)))
+        metrics["cases"] = dict(zip([c["id"] for c in cases], plain(dice)))
+        write_json(out / "metrics.json", metrics)
+    machine.say(f"wrote {out}: ckpt.pt, best.pt, metrics.json, curves.png, overlay.png")
+
+
+# ---- pictures --------------------------------------------------------------------------------
+
+
+def draw_overlay(path, image, target, prediction, classes, spacing, title):
+    """Scan, target and prediction, each [X, Y, Z], on the middle slices of what is labelled, along
+    each axis; spacing in mm. Without a target (None) the prediction says where the middle is.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    panels = [("scan", 0 * prediction), ("target", target), ("prediction", prediction)]
+    if target is None:
+        del panels[1]
+    box = box_of(panels[1][1])
+    low, high = np.percentile(image, [1, 99.5])
+    fig, axes = figure_of((3.7 * len(panels), 10), 3, len(panels))
+    for row, axis in zip(axes, (2, 1, 0)):
+        at = sum(box[axis]) // 2
+        a, b = spacing[:axis] + spacing[axis + 1 :]
+        for ax, (name, labels) in zip(row, panels):
+            draw_slice(ax, image.take(at, axis), labels.take(at, axis), b / a, low, high)
+            ax.set_title(name)
+        row[0].set_ylabel(f"{'xyz'[axis]} = {at}")
+    fig.suptitle(title)
+    colours = colormaps["tab20"].colors * 13  # of up to 255 classes
+    handles = [Patch(color=c, label=name) for c, name in zip(colours, classes)]
+    fig.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    fig.tight_layout()
+    save_figure(fig, path)
+
+
+def draw_slice(ax, image, labels, aspect, low, high):
+    """A slice [a, b] in grey from `low` to `high`, and its labels, if any, in colours above it."""
+    how = {"origin": "lower", "aspect": aspect, "interpolation": "nearest"}
+    ax.imshow(image.T, cmap="gray", vmin=low, vmax=high, **how)
+    if labels is not None:
+        shown = np.ma.masked_equal(labels.T, 0) - 1
+        ax.imshow(shown % 20, cmap="tab20", vmin=0, vmax=19, alpha=0.75, **how)
+    ax.set(xticks=[], yticks=[])
 
 
 if __name__ == "__main__":
     cli(main)
-    leave()

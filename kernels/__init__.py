@@ -1,11 +1,12 @@
-"""The Triton kernels of pre-training, each with a plain PyTorch reference beside it, and the choice between the two.
+"""The operations of pre-training, in plain PyTorch and as Triton kernels, and the choice of them.
 
-    prefix_attention.py   attention with a visible prefix, forward and backward
-    patch_embed.py        voxels -> tokens, and the loss against the voxels of a patch, without an unfolded copy
+    plain.py              voxels -> tokens, attention with a visible prefix, the loss: PyTorch
+    fused.py              the same four by Triton: patch_embed.py and prefix_attention.py
     bench.py              python -m kernels.bench: the kernels and their rivals, timed in one run
 
-Importing this package imports no Triton: machines without it have the PyTorch path of model.py.
+Importing this package imports no Triton: machines without it have plain.py.
 """
+
 import os
 
 import torch
@@ -14,7 +15,10 @@ from common import BadInput
 
 
 def choose(kernels, device):
-    """--kernels {auto, torch, triton} on `device` -> "torch" or "triton", and why. BadInput: triton asked for, but it cannot run."""
+    """--kernels {auto, torch, triton} on `device` -> "torch" or "triton", and why.
+
+    BadInput: triton was asked for, but it cannot run.
+    """
     device = torch.device(device)
     if kernels == "torch":
         return "torch", "asked for"
@@ -22,7 +26,9 @@ def choose(kernels, device):
         return "triton", "asked for; Triton's interpreter on the CPU is for tests, and slow"
     reason = hindrance(device)
     if reason is None:
-        return "triton", f"{torch.cuda.get_device_name(device)}, compute capability {'%d.%d' % torch.cuda.get_device_capability(device)}"
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        return "triton", f"{name}, compute capability {major}.{minor}"
     if kernels == "triton":
         raise BadInput(f"--kernels triton cannot run here: {reason}; use --kernels auto or torch")
     return "torch", reason
@@ -44,20 +50,21 @@ def hindrance(device):
 
 
 def family(device):
-    """The row of the tile tables: 90 where the tensor cores read shared memory (H100, B200), 80 where registers (A100, RTX).
+    """The row of the tile tables: 90 where tensor cores read shared memory (H100, B200), else 80.
 
     Tiles of 80 stay below the 99 KiB of shared memory that the smaller ones of its GPUs have.
     """
-    return 90 if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10, 11) else 80
+    if device.type != "cuda":
+        return 90
+    return 90 if torch.cuda.get_device_capability(device)[0] in (9, 10, 11) else 80
 
 
 def launch(kernel, programs, device, *args, **meta):
-    """`programs` programs of a Triton kernel on the current stream of `device`; args and meta as the kernel takes them."""
+    """`programs` programs of a Triton kernel on the current stream of `device`."""
     if not programs:
         return
     if device.type != "cuda":
         kernel[(programs,)](*args, **meta)
         return
-    with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments are on
+    with torch.cuda.device(device):  # Triton launches on the current device
         kernel[(programs,)](*args, enable_fp_fusion=True, **meta)
-

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported: its kernels then run on the CPU
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well (minutes each)")
+    parser.addoption(
+        "--slow", action="store_true", help="run the tests marked slow as well (minutes each)"
+    )
 
 
 def pytest_configure(config):
@@ -31,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def one_thread():
-    """Threads cost more than they bring on tensors this small, and much more where the cores are shared."""
+    """Threads cost more than they bring on tensors this small, more where cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,8 +44,9 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def phantom_home(tmp_path_factory):
-    """A folder with data/phantom/{amos,brats,deeplesion,corpus}, as pretrain.py makes it in the current folder."""
+    """A folder with data/phantom/{amos,brats,deeplesion,corpus}, as pretrain.py makes it."""
     from serialize import ensure_phantom
+
     home, here = tmp_path_factory.mktemp("home"), os.getcwd()
     os.chdir(home)
     try:
@@ -58,17 +63,21 @@ def corpus(phantom_home):
 
 @pytest.fixture
 def script(phantom_home):
-    """script("pretrain.py", "--steps", 3, …): runs it in the phantom's folder, with `ranks` processes under torchrun."""
+    """script("pretrain.py", "--steps", 3, …) in the phantom's folder, by torchrun if ranks > 1."""
+
     def run(name, *flags, ranks=1, code=0, popen=False):
-        launch = [sys.executable]
+        command, env = [sys.executable], dict(os.environ)
         if ranks > 1:
-            launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", "--master_port=0",
-                       "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
-        command = [*launch, str(ROOT / name), *map(str, flags)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks > 1 else None
+            command += ["-m", "torch.distributed.run", "--rdzv_backend=c10d"]
+            command += [f"--nproc_per_node={ranks}", "--rdzv_endpoint=127.0.0.1:0"]
+            env["OMP_NUM_THREADS"] = "1"
+        command += [str(ROOT / name), *map(str, flags)]
+        start = {"args": command, "cwd": phantom_home, "env": env, "text": True}
         if popen:
-            return subprocess.Popen(command, cwd=phantom_home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        done = subprocess.run(command, cwd=phantom_home, env=env, capture_output=True, text=True, timeout=540)
-        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+            return subprocess.Popen(**start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(**start, capture_output=True, timeout=540, check=False)
+        said = f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        assert done.returncode == code, f"exit code {done.returncode}\n{said}"
         return done
+
     return run

@@ -1,4 +1,5 @@
-"""eval.py: surface scores against brute force, predictions on odd grids, and what its sub-commands write."""
+"""eval.py: scores against brute force, predictions on odd grids, probes, completions, the table."""
+
 import csv
 import json
 import sys
@@ -8,313 +9,641 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
+from scipy.stats import wilcoxon
 
 import eval as ev
-from common import BadInput, place, save_checkpoint
-from model import CLS_FORMAT, SEGMENTER, SIZES, Classifier, Config, Model, Segmenter
-from serialize import read_scan
+from common import BadInput, save_checkpoint, write_json, write_table
+from finetune_cls import CLASSIFIER, Classifier, auc, logistic, scores_of
+from finetune_seg import SEGMENTER, Segmenter
+from model import Config, Model, checkpoint_state, standardise, unpatchify
+from serialize import Sequences
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = Config(width=24, layers=2, heads=2, patch=8)
+CLASSES = ["ball", "box"]
 
 
 @pytest.fixture
-def go(monkeypatch, capsys):
-    """go("seg", "--ckpt", …): eval.main() in this process; what it printed."""
+def go(monkeypatch, capsys, phantom_home):
+    """go("seg", "--ckpt", …): eval.main() in the phantom's folder; what it printed."""
+    monkeypatch.chdir(phantom_home)
+
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
         ev.main()
         return capsys.readouterr().out
+
     return run
 
 
-# ---------------------------------------------------------------- scores
+def rows_of(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def metrics_in(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# ---- scores ----------------------------------------------------------------------------------
 
 
 def surface_by_hand(mask):
     """Voxels of a mask with a face neighbour that is not in it, or that lies beyond the volume."""
-    padded, found = np.pad(mask, 1), []
-    for x, y, z in np.argwhere(mask):
-        c = np.array([x, y, z]) + 1
-        if not all(padded[tuple(c + s * np.eye(3, dtype=int)[a])] for a in range(3) for s in (1, -1)):
-            found.append((x, y, z))
-    return np.array(found)
+    padded, surface = np.pad(mask, 1), []
+    for at in np.argwhere(mask):
+        steps = [s * np.eye(3, dtype=int)[a] for a in range(3) for s in (1, -1)]
+        if not all(padded[tuple(at + 1 + step)] for step in steps):
+            surface.append(at)
+    return np.array(surface)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_scores_agree_with_brute_force(seed):
     rng = np.random.default_rng(seed)
-    shape, spacing, tolerances = rng.integers(5, 11, 3), rng.uniform(0.4, 4, 3), rng.uniform(0.5, 4, 3)
-    truth = rng.integers(0, 4, shape)
-    truth[:, :2] = truth[:, :2] * 0 + rng.integers(1, 4)                               # a solid part: voxels that are no surface
-    found = np.where(rng.random(shape) < 0.7, truth, rng.integers(0, 4, shape))
-    scores = ev.score_case(found.astype(np.uint8), truth.astype(np.uint8), spacing, tolerances)
+    shape, spacing = rng.integers(5, 11, 3), rng.uniform(0.4, 4, 3)
+    tolerances, target = rng.uniform(0.5, 4, 3), rng.integers(0, 4, shape)
+    target[:, :2] = rng.integers(1, 4)  # a solid part: voxels that are no surface
+    prediction = np.where(rng.random(shape) < 0.7, target, rng.integers(0, 4, shape))
+    scores = ev.score_case(prediction, target, spacing, tolerances)
     for k in range(1, 4):
-        a, b = found == k, truth == k
+        a, b = prediction == k, target == k
         p, q = (surface_by_hand(m) * spacing for m in (a, b))
-        assert len(q) < b.sum() or k != truth[0, 0, 0]
+        assert len(q) < b.sum() or k != target[0, 0, 0]
         d = np.sqrt(((p[:, None] - q) ** 2).sum(-1))
         to_b, to_a = d.min(1), d.min(0)
-        nsd = ((to_b <= tolerances[k - 1]).sum() + (to_a <= tolerances[k - 1]).sum()) / (len(p) + len(q))
+        close = (to_b <= tolerances[k - 1]).sum() + (to_a <= tolerances[k - 1]).sum()
+        dice, error = 2 * (a & b).sum() / (a.sum() + b.sum()), int(a.sum()) - int(b.sum())
         hd95 = max(np.percentile(to_b, 95), np.percentile(to_a, 95))
-        expected = [2 * (a & b).sum() / (a.sum() + b.sum()), nsd, hd95, (a.sum() - b.sum()) * spacing.prod() / 1000]
+        expected = [dice, close / (len(p) + len(q)), hd95, error * spacing.prod() / 1000]
         assert np.allclose(scores[k - 1], expected, rtol=0, atol=1e-6)
 
 
-def test_a_shift_is_measured_in_millimetres():
-    truth = np.zeros((20, 20, 20), np.uint8)
-    truth[4:10, 5:9, 3:12] = 1
-    found = np.roll(truth, 2, 2)
-    dice, nsd, hd95, error = ev.score_case(found, truth, (1, 1, 2.5), [5.0])[0]
-    assert (dice, nsd, hd95, error) == (pytest.approx(7 / 9), 1, 5.0, 0)
-    assert ev.score_case(found, truth, (1, 1, 2.5), [4.9])[0, 1] < 1
-
-
 def test_the_rule_for_empty_classes():
-    truth, found = np.zeros((2, 6, 6, 6), np.uint8)
-    truth[1, 1, 1:4], found[4, 4, 4] = 1, 2
-    found[0, 0, 0] = truth[0, 0, 0] = 4
-    scores = ev.score_case(found, truth, (1, 1, 1), [1.0] * 4)
-    assert scores[0, :2].tolist() == [0, 0] and np.isnan(scores[0, 2]) and scores[0, 3] == pytest.approx(-0.003)      # in the truth only
-    assert scores[1, :2].tolist() == [0, 0] and np.isnan(scores[1, 2]) and scores[1, 3] == pytest.approx(0.001)  # in the prediction only
-    assert np.isnan(scores[2]).all() and scores[3].tolist() == [1, 1, 0, 0]                             # in neither; in both
+    target, prediction = np.zeros((2, 6, 6, 6), np.uint8)
+    target[1, 1, 1:4], prediction[4, 4, 4] = 1, 2
+    prediction[0, 0, 0] = target[0, 0, 0] = 4
+    scores = ev.score_case(prediction, target, (1, 1, 1), [1.0] * 4)
+    # in the target only, in the prediction only, in neither, in both
+    expected = [[0, 0, np.nan, -0.003], [0, 0, np.nan, 0.001], [np.nan] * 4, [1, 1, 0, 0]]
+    np.testing.assert_allclose(scores, expected)
 
 
 def test_intervals_hold_the_mean_and_leave_out_what_is_undefined():
     values = np.array([[0.2, np.nan], [0.4, np.nan], [0.9, np.nan], [np.nan, np.nan]])
-    mean, low, high = ev.bootstrap_mean(values)
-    assert mean[0] == pytest.approx(0.5) and 0.2 <= low[0] < 0.5 < high[0] <= 0.9
-    assert np.isnan([mean[1], low[1], high[1]]).all()
-    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip((mean, low, high), ev.bootstrap_mean(values)))
+    one, none = ev.mean_intervals(values, 0)
+    assert one["value"] == pytest.approx(0.5) and 0.2 <= one["low"] < 0.5 < one["high"] <= 0.9
+    assert none == {"value": None, "low": None, "high": None}
+    assert ev.mean_intervals(values, 0) == [one, none]
 
 
-# ---------------------------------------------------------------- a segmenter that thresholds
-
-CLASSES = ["ball", "box"]
+# ---- a segmenter that thresholds -------------------------------------------------------------
 
 
 class Threshold(torch.nn.Module):
-    encoder = SimpleNamespace(use=lambda kernels: None)
+    """Background at 0.5, ball at 1, box at 0: no mixture of two of them looks like the third."""
 
-    """Background at 0.5, ball at 1, box at 0 of the window: no mixture of two of them looks like the third."""
+    encoder = SimpleNamespace(use=lambda kernels: None)
 
     def forward(self, v):
         return -80 * (v[:, None] - torch.tensor([0.5, 1, 0]).view(1, 3, 1, 1, 1)) ** 2
 
 
+SETTING = {
+    "task": "mine",
+    "classes": CLASSES,
+    "intensity_range": [0, 200],
+    "mr_after": None,
+    "spacing": [1.5, 1.5, 1.5],
+    "roi": [16, 16, 16],
+    "features": 4,
+    "overlap": 0.5,
+}
+
+
 @pytest.fixture
 def threshold(monkeypatch, tmp_path):
-    made = dict(task="mine", data=str(tmp_path / "set"), classes=CLASSES, window=[0, 200], mr_after=None, spacing=[1.5, 1.5, 1.5], roi=[16, 16, 16],
-                features=4, overlap=0.5)
-    monkeypatch.setattr(ev, "load_segmenter", lambda path: (Threshold(), dict(made)))
-    path = tmp_path / "best.pt"
-    save_checkpoint(path, format=SEGMENTER)
-    return path
+    setting = {**SETTING, "data": str(tmp_path / "set")}
+    monkeypatch.setattr(ev, "load_segmenter", lambda path: (Threshold(), dict(setting)))
+    save_checkpoint(tmp_path / "best.pt", format=SEGMENTER)
+    return tmp_path / "best.pt"
 
 
-def oblique(spacing=(0.8, 1.1, 2.5)):
+def oblique():
     """An LPS affine turned by 20 degrees about z and 10 about x, with a far origin."""
-    a, b = np.deg2rad([20, 10])
-    turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
-    turn = turn @ np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
-    affine = np.eye(4)
-    affine[:3, :3] = turn @ np.diag([-1, -1, 1]) * spacing
-    affine[:3, 3] = 120, 80, -300
-    return affine
+    turn = Rotation.from_euler("zx", [20, 10], degrees=True).as_matrix()
+    return nib.affines.from_matvec(turn @ np.diag([-0.8, -1.1, 2.5]), [120, 80, -300])
 
 
-def patient(seed=0, shape=(44, 36, 20), affine=None):
+def patient(seed=0, affine=None):
     """A scan of 100 with a ball of 200 and a box of 0, its labels, and their affine."""
     rng, affine = np.random.default_rng(seed), oblique() if affine is None else affine
-    labels = np.zeros(shape, np.uint8)
-    at = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) * nib.affines.voxel_sizes(affine)
-    labels[((at - [12 + rng.integers(3), 14, 18]) ** 2).sum(-1) < 8 ** 2] = 1
+    labels = np.zeros((44, 36, 20), np.uint8)
+    at = np.moveaxis(np.indices(labels.shape), 0, -1) * nib.affines.voxel_sizes(affine)
+    labels[((at - [12 + rng.integers(3), 14, 18]) ** 2).sum(-1) < 8**2] = 1
     labels[26:36, 20:30, 5:16] = 2
     return np.array([100, 200, 0], np.int16)[labels], labels, affine
 
 
+def save(path, values, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, oblique() if affine is None else affine), path)
+
+
 def centroids(labels, affine):
-    return [nib.affines.apply_affine(affine, np.argwhere(labels == k).mean(0)) for k in (1, 2)]
+    return np.array(
+        [nib.affines.apply_affine(affine, np.argwhere(labels == k).mean(0)) for k in (1, 2)]
+    )
 
 
-@pytest.mark.parametrize("kind", ["lps", "ras", "stored with an intercept"])
+@pytest.mark.parametrize("kind", ["lps", "ras", "turned", "stored with an intercept"])
 def test_a_prediction_opens_aligned_on_its_scan(go, threshold, tmp_path, kind):
-    image, labels, affine = patient(affine=np.diag([1, 1.4, 2, 1]) if kind == "ras" else None)
-    scan = nib.Nifti1Image(image, affine)
-    scan.header.set_xyzt_units("mm", "sec")
-    if kind == "stored with an intercept":
-        scan = nib.Nifti1Image(image + 1024, affine)
-        scan.header.set_slope_inter(1, -1024)
+    axes = {"ras": np.diag([1, 1.4, 2, 1]), "turned": oblique()[:, [1, 2, 0, 3]]}
+    image, labels, affine = patient(affine=axes.get(kind))
+    scan = nib.Nifti1Image(image + 1024 * (kind[0] == "s"), affine)
+    scan.header.set_slope_inter(1, -1024 * (kind[0] == "s"))
     scan.set_qform(affine, 1)
     scan.set_sform(affine, 2)
     nib.save(scan, tmp_path / "scan.nii.gz")
     out = tmp_path / "pred"
-    go("predict", "--ckpt", threshold, tmp_path / "scan.nii.gz", "--out", out, "--probabilities")
-    written, original = nib.load(out / "scan.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
+    scan = tmp_path / "scan.nii.gz"
+    go("predict", "--ckpt", threshold, scan, "--out", out, "--probabilities")
+    written, original = nib.load(out / "scan.nii.gz"), nib.load(scan)
     assert written.shape == original.shape and np.array_equal(written.affine, original.affine)
-    assert written.get_data_dtype() == np.uint8 and written.header["sform_code"] == 2 and written.header["qform_code"] == 1
-    found = np.asarray(written.dataobj)
-    assert set(np.unique(found)) == {0, 1, 2} and found.dtype.kind in "uif" and written.dataobj.slope == 1
-    for a, b in zip(centroids(found, written.affine), centroids(labels, affine)):
-        assert np.linalg.norm(a - b) < nib.affines.voxel_sizes(affine).min()
-    scores = ev.score_case(found.astype(np.uint8), labels, nib.affines.voxel_sizes(affine), [2.0, 2.0])
+    assert written.get_data_dtype() == np.uint8 and written.dataobj.slope == 1
+    assert (written.header["sform_code"], written.header["qform_code"]) == (2, 1)
+    prediction, sizes = np.asarray(written.dataobj), nib.affines.voxel_sizes(affine)
+    off = np.linalg.norm(centroids(prediction, affine) - centroids(labels, affine), axis=1)
+    assert off.max() < sizes.min()
+    scores = ev.score_case(prediction.astype(np.uint8), labels, sizes, [2.0, 2.0])
     assert scores[:, 0].min() > 0.85 and scores[:, 2].max() < 3.0
     shares = nib.load(out / "scan.probabilities.nii.gz")
     p = shares.get_fdata()
-    assert p.shape == (*image.shape, 3) and np.abs(p.sum(-1) - 1).max() < 0.01 and shares.get_data_dtype() == np.uint8
-    assert (p.argmax(-1) == labels).mean() > 0.95
-    notes = json.loads((out / "scan.json").read_text())
-    voxel = nib.affines.voxel_sizes(affine).prod() / 1000
-    assert notes["volume_ml"]["box"] == pytest.approx((found == 2).sum() * voxel, abs=1e-3)
-    assert json.loads((out / "labels.json").read_text()) == {"0": "background", "1": "ball", "2": "box"}
+    assert p.shape == (*image.shape, 3) and np.abs(p.sum(-1) - 1).max() < 0.01
+    assert (p.argmax(-1) == labels).mean() > 0.95 and shares.get_data_dtype() == np.uint8
+    volumes = json.loads((out / "scan.prediction.json").read_text())["volume_ml"]
+    assert volumes["box"] == pytest.approx((prediction == 2).sum() * sizes.prod() / 1000, abs=2e-3)
+    names = json.loads((out / "labels.json").read_text())
+    assert names == {"0": "background", "1": "ball", "2": "box"}
     assert (out / "scan.png").stat().st_size > 5000
 
 
-def test_predict_goes_on_after_a_bad_scan_and_after_a_stop(go, threshold, tmp_path, monkeypatch):
+def test_predict_goes_on_after_a_bad_scan_and_after_a_stop(go, threshold, tmp_path):
     folder, out = tmp_path / "in", tmp_path / "pred"
-    for name in ("a/x.nii.gz", "b/x.nii.gz"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(patient()[0], oblique()), folder / name)
+    image = patient()[0]
+    save(folder / "a/x.nii.gz", image[..., None])  # one frame
+    save(folder / "b/x.nii.gz", image)
+    save(folder / "x_seg.nii.gz", image)
+    save(folder / "frames.nii.gz", np.zeros((8, 8, 8, 3), np.int16))
     (folder / "broken.nii.gz").write_bytes(b"no scan")
-    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 3), np.int16), np.eye(4)), folder / "frames.nii.gz")
-    said = go("predict", "--ckpt", threshold, folder, "--out", out, "--no-overlay")
-    assert "2 of 4 scans have their label map" in said and (out / "a/x.nii.gz").exists() and (out / "b/x.nii.gz").exists()
-    rows = {r["scan"]: r["reason"] for r in csv.DictReader(open(out / "skipped.csv"))}
-    assert set(rows) == {str(folder / "broken.nii.gz"), str(folder / "frames.nii.gz")} and "4D" in rows[str(folder / "frames.nii.gz")]
-    # done is done; what is missing, or was made from another file, is made anew
-    before = (out / "a/x.nii.gz").stat().st_mtime_ns
-    (out / "b/x.nii.gz").unlink()
-    assert "(1 had it already" in go("predict", "--ckpt", threshold, folder, "--out", out, "--no-overlay")
-    assert (out / "b/x.nii.gz").exists() and (out / "a/x.nii.gz").stat().st_mtime_ns == before
-    nib.save(nib.Nifti1Image(patient(1)[0], oblique()), folder / "a/x.nii.gz")
-    assert "(1 had it already" in go("predict", "--ckpt", threshold, folder, "--out", out, "--no-overlay")
-    with pytest.raises(BadInput, match="2 scans would be written to one file"):
-        go("predict", "--ckpt", threshold, folder / "a/x.nii.gz", folder / "b/x.nii.gz", "--out", out)
-    with pytest.raises(BadInput, match="none of the scans could be used.*no such file"):
-        go("predict", "--ckpt", threshold, folder / "gone.nii.gz", "--out", out)
-    whole = (folder / "a/x.nii.gz").read_bytes()
-    with pytest.raises(BadInput, match="the label map would replace the scan"):
-        go("predict", "--ckpt", threshold, folder / "a/x.nii.gz", "--out", folder / "a")
-    assert (folder / "a/x.nii.gz").read_bytes() == whole
-
-
-def test_predict_takes_what_scanners_write_and_leaves_what_others_wrote(go, threshold, tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    image, _, affine = patient()
-    nib.save(nib.Nifti1Image(image[..., None], affine), folder / "one-frame.nii.gz")
-    nib.save(nib.Nifti1Image(image, affine), folder / "x_seg.nii.gz")
-    (tmp_path / "empty").mkdir()
-    words = ["predict", "--ckpt", threshold, folder, tmp_path / "empty", "--out", folder / "pred", "--no-overlay"]
-    assert "1 of 1 scans have their label map" in go(*words)
-    assert nib.load(folder / "pred/one-frame.nii.gz").shape == image.shape
-    rows = {r["scan"]: r["reason"] for r in csv.DictReader(open(folder / "pred/skipped.csv"))}
-    assert "no scans in it" in rows[str(tmp_path / "empty")] and "label map" in rows[str(folder / "x_seg.nii.gz")]
-    assert "1 of 1 scans have their label map" in go(*words)                           # its own output is no scan
-    (folder / "one-frame.json").write_text('{"EchoTime": 3}')                          # BIDS keeps such files beside scans
-    with pytest.raises(BadInput, match="one-frame.json is not a prediction's and would be replaced"):
-        go("predict", "--ckpt", threshold, folder / "one-frame.nii.gz", "--out", folder, "--redo")
-    assert (folder / "one-frame.json").read_text() == '{"EchoTime": 3}'
-    with pytest.raises(BadInput, match="a file is in the way"):
-        go("predict", "--ckpt", threshold, folder / "one-frame.nii.gz", "--out", folder / "one-frame.json")
-    with pytest.raises(BadInput, match="--windows 0"):
-        go("predict", "--ckpt", threshold, folder, "--windows", 0)
-    dicom = tmp_path / "IM0001"
-    dicom.write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 64)
-    assert ev.scans_under(tmp_path / "IM0001", ())[0] == [tmp_path] and not ev.scans_under(folder, ())[1]
+    words = ["predict", "--ckpt", threshold, folder, "--out", out, "--no-overlay"]
+    assert "2 predicted, 0 done before" in go(*words)
+    assert nib.load(out / "a/x.nii.gz").shape == image.shape
+    why = {r["scan"].split("/")[-1]: r["reason"] for r in rows_of(out / "skipped.csv")}
+    assert set(why) == {"broken.nii.gz", "frames.nii.gz", "x_seg.nii.gz"}
+    assert "4D" in why["frames.nii.gz"] and "label map" in why["x_seg.nii.gz"]
+    # done is done; what was cut short, or was made from another file or in another way, is not
+    for name in ("b/x.prediction.json", "b/x.nii.gz"):
+        (out / name).unlink()
+        assert "1 predicted, 1 done before" in go(*words)
+    save(folder / "a/x.nii.gz", patient(1)[0])
+    assert "1 predicted, 1 done before" in go(*words)
+    assert "2 predicted, 0 done before" in go(*words, "--mirror")
+    for more, message in (
+        ([folder / "a/x.nii.gz", folder / "b/x.nii.gz"], "2 scans would be written to one file"),
+        ([folder / "gone.nii.gz"], "none of the scans could be used.*no such"),
+        ([folder / "a/x.nii.gz", "--out", folder / "a"], "the label map would replace the scan"),
+        ([folder, "--overlap", 1], "--overlap 1: from 0 to below 1"),
+    ):
+        before = (folder / "a/x.nii.gz").read_bytes()
+        with pytest.raises(BadInput, match=message):
+            go("predict", "--ckpt", threshold, "--out", out, *more)
+        assert (folder / "a/x.nii.gz").read_bytes() == before
+    inside = ["predict", "--ckpt", threshold, folder / "a", "--no-overlay", "--out", folder / "a/p"]
+    assert "1 predicted" in go(*inside) and "0 predicted, 1 done" in go(*inside)  # not its own
 
 
 def write_set(root, n=4):
-    for part in ("imagesTr", "labelsTr"):
-        (root / part).mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        image, labels, affine = patient(i)
+        image, labels, _ = patient(i)
         if i == 1:
-            labels[labels == 2] = 0                                                    # found in the image all the same
-        nib.save(nib.Nifti1Image(image, affine), root / f"imagesTr/c{i}.nii.gz")
-        nib.save(nib.Nifti1Image(labels, affine), root / f"labelsTr/c{i}.nii.gz")
+            labels[labels == 2] = 0  # predicted all the same
+        save(root / f"imagesTr/c{i}.nii.gz", image)
+        save(root / f"labelsTr/c{i}.nii.gz", labels[: -2 if i == 3 else None])
 
 
 def test_seg_scores_both_grids_in_one_pass(go, threshold, tmp_path):
-    write_set(tmp_path / "set")
-    nib.save(nib.Nifti1Image(patient(0)[1][:-2], oblique()), tmp_path / "set/labelsTr/c3.nii.gz")      # not on its image's grid
-    said = go("seg", "--ckpt", threshold, "--split", "all", "--grid", "both", "--out", tmp_path / "e")
-    m = json.loads((tmp_path / "e/metrics.json").read_text())
-    assert m["cases"] == 3 and m["skipped"] == 1 and "left out: c3" in said and "label 42x36x20" in said
-    rows = list(csv.DictReader(open(tmp_path / "e/cases.csv")))
-    assert len(rows) == 2 * 3 * 2
-    for grid in ("own", "resampled"):
-        ball, box = m["grids"][grid]["classes"].values()
-        assert ball["dice"]["value"] > 0.85 and ball["cases"] == 3 and ball["missed"] == 0 and ball["hd95_mm"]["value"] < 3
-        assert box["missed"] == 1 and box["cases"] == 3                                # a prediction without a truth counts 0
-        dice = [float(r["dice"]) for r in rows if r["grid"] == grid and r["class"] == "box"]
-        assert sorted(dice)[0] == 0 and np.mean(dice) == pytest.approx(box["dice"]["value"], abs=1e-5)
-    assert all((tmp_path / "e" / f).stat().st_size > 5000 for f in ("cases.png", "boxes-own.png", "boxes-resampled.png"))
-    with pytest.raises(BadInput, match="one number, or 2"):
+    write_set(tmp_path / "set")  # the label of c3 is not on its image's grid
+    out = tmp_path / "e"
+    said = go("seg", "--ckpt", threshold, "--split", "all", "--out", out)
+    assert "label 42x36x20" in rows_of(out / "skipped.csv")[0]["reason"]
+    lines, rows = rows_of(out / "cases.csv"), metrics_in(out)["rows"]
+    assert len(lines) == 2 * 3 * 3 and len(rows) == 2 * 3 and "volume_error_ml" in said
+    for ball, box, _ in (rows[:3], rows[3:]):
+        assert ball["dice"]["value"] > 0.85 and (ball["cases"], ball["missed"]) == (3, 0)
+        assert ball["hd95_mm"]["value"] < 3 and (box["cases"], box["missed"]) == (3, 1)
+        mine = [r for r in lines if (r["grid"], r["class"]) == (box["grid"], "box")]
+        dice = [float(r["dice"]) for r in mine]
+        assert min(dice) == 0  # a prediction without a target
+        assert box["dice"]["value"] == pytest.approx(np.mean(dice), abs=1e-5)
+        assert box["dice"]["low"] < np.mean(dice) < box["dice"]["high"]
+    names = ("c0.png", "c2.png", "boxes.png")
+    assert all((out / name).stat().st_size > 5000 for name in names)
+    with pytest.raises(BadInput, match="one number, or one a class"):
         go("seg", "--ckpt", threshold, "--tolerance", 1, 2, 3)
-    with pytest.raises(BadInput, match="15 classes .* knows 2"):
-        (tmp_path / "amos/imagesTr").mkdir(parents=True)
-        (tmp_path / "amos/labelsTr").mkdir(parents=True)
-        for part in ("images", "labels"):
-            (tmp_path / f"amos/{part}Tr/c0.nii.gz").touch()
-        go("seg", "--ckpt", threshold, "--task", "amos", "--data", tmp_path / "amos")
 
 
-def test_a_real_segmenter_predicts(go, tmp_path):
-    """The file that finetune_seg.py writes, with untrained weights: its format chooses the sub-command."""
-    net = Segmenter(Model(Config(**SIZES["nano"])), 3, 4)
-    made = dict(task="mine", data=str(tmp_path / "set"), classes=CLASSES, window="percentiles", mr_after=None, spacing=[2.0, 2.0, 2.0], roi=[16, 16, 16],
-                features=4, overlap=0.0)
-    save_checkpoint(tmp_path / "best.pt", format=SEGMENTER, config=vars(net.encoder.config), made=made, model=net.state_dict())
+def test_a_real_segmenter_is_scored_by_its_checkpoint_alone(go, tmp_path):
+    net = Segmenter(Model(Config(width=24, layers=4, heads=2, patch=8)), 3, 4)
+    setting = {**SETTING, "data": str(tmp_path / "set"), "overlap": 0.0}
+    kept = {"config": vars(net.encoder.config), "setting": setting, "model": net.state_dict()}
+    save_checkpoint(tmp_path / "best.pt", format=SEGMENTER, **kept)
     write_set(tmp_path / "set", 2)
-    go("--device", "cpu", f"--ckpt={tmp_path / 'best.pt'}", "--split", "all")
-    m = json.loads((tmp_path / "eval-all/metrics.json").read_text())
-    assert m["cases"] == 2 and 0 <= m["grids"]["own"]["mean"]["dice"]["value"] < 0.6
-    where = place("cpu", "fp32")
-    net, made, _ = ev.open_segmenter(type("Args", (), dict(ckpt=tmp_path / "best.pt", overlap=None, device="cpu", dtype="fp32", kernels="torch", windows=2)))
-    volume = np.random.default_rng(0).random((20, 16, 16)).astype(np.float16)
-    logits = ev.segment(net, made, volume, type("Args", (), dict(windows=2, mirror=False)), where)
-    with torch.no_grad():
-        whole = net(torch.from_numpy(volume[:16]).float()[None])[0]
-    assert logits.shape == (3, 20, 16, 16) and torch.allclose(logits[:, :4], whole[:, :4], atol=1e-4)
+    go("--ckpt", tmp_path / "best.pt", "--split", "all", "--dtype", "fp32")
+    m = metrics_in(tmp_path / "eval-seg")
+    assert [r["cases"] for r in m["rows"]] == [2] * 6 and m["args"]["overlap"] == 0
+    assert 0 <= m["rows"][2]["dice"]["value"] < 0.6
 
 
-# ---------------------------------------------------------------- a classifier
+# ---- a classifier ----------------------------------------------------------------------------
 
 
-def test_cls_scores_the_split_that_is_named(go, tmp_path):
+def test_cls_scores_the_split_that_is_named(go, tmp_path, monkeypatch):
     rng, arrays = np.random.default_rng(0), {}
     for split, n in (("train", 6), ("val", 10), ("test", 16)):
         y = np.arange(n) % 2
-        arrays[f"{split}_images"] = (rng.integers(0, 60, (n, 16, 16, 16)) + 150 * y[:, None, None, None]).astype(np.uint8)
-        arrays[f"{split}_labels"] = y[:, None].astype(np.uint8)
+        images = rng.integers(0, 60, (n, 16, 16, 16)) + 150 * y[:, None, None, None]
+        arrays |= {f"{split}_images": images.astype(np.uint8), f"{split}_labels": y[:, None]}
     np.savez(tmp_path / "n.npz", **arrays)
     torch.manual_seed(0)
-    model = Classifier(Model(Config(**SIZES["nano"])), 2)
-    made = dict(task="nodule", flavour="nodule", data=str(tmp_path / "n.npz"), lists=None, patient=None)
-    save_checkpoint(tmp_path / "best.pt", format=CLS_FORMAT, config=vars(model.encoder.config), model=model.state_dict(), pool="mean",
-                    classes=["benign", "malignant"], volume=[16, 16, 16], window=[0, 255], args=made)
-    said = go("cls", "--ckpt", tmp_path / "best.pt", "--cache", tmp_path / "cache", "--out", tmp_path / "e", "--bootstrap", 50, "--dtype", "fp32")
-    m, rows = json.loads((tmp_path / "e/metrics.json").read_text()), list(csv.DictReader(open(tmp_path / "e/scores.csv")))
-    assert m["cases"] == 16 and len(rows) == 16 and "test, 16 cases of 16 patients" in said
+    model = Classifier(Model(TINY), 2)
+    args = {"task": "nodule", "flavour": "nodule", "data": str(tmp_path / "n.npz")}
+    args |= {"lists": None, "patient": None, "pool": "mean"}
+    args |= {"volume": [16, 16, 16], "range": [0, 255]}
+    kept = {"config": vars(TINY), "model": model.state_dict(), "args": args}
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, format=CLASSIFIER, classes=["benign", "malignant"], step=1, **kept)
+    monkeypatch.setattr("finetune_cls.CACHE", tmp_path / "cache")
+    said = go("cls", "--ckpt", path, "--dtype", "fp32")
+    out = tmp_path / "eval-cls"
+    rows = [r for r in rows_of(out / "scores.csv") if r["split"] == "test"]
+    assert len(rows) == 16 and "16 cases of 16 patients" in said
     with torch.no_grad():
         x = torch.from_numpy(arrays["test_images"] / np.float32(255)).half().float()
-        expected = model(x).softmax(1)[:, 1]
+        expected = model(x).softmax(1)[:, 1].numpy()
     assert np.allclose([float(r["p_1"]) for r in rows], expected, atol=1e-4)
-    pos, neg = expected[1::2], expected[::2]
-    assert m["scores"]["auc"]["value"] == pytest.approx(((pos[:, None] > neg).float() + 0.5 * (pos[:, None] == neg)).mean().item())
-    with pytest.raises(BadInput, match="format is 'ar3d-classifier-1', and 'ar3d-seg-1' is needed"):
-        go("seg", "--ckpt", tmp_path / "best.pt")
+    area = metrics_in(out)["test"]["auc"]["value"]
+    assert area == pytest.approx(auc(np.arange(16) % 2 == 1, expected))
+    with pytest.raises(BadInput, match=f"format is '{CLASSIFIER}', and '{SEGMENTER}' is needed"):
+        go("seg", "--ckpt", path)
+    with pytest.raises(SystemExit):  # argparse lists the choices
+        go("cls", "--ckpt", path, "--task", "nonsense")
 
 
-# ---------------------------------------------------------------- the real thing
+# ---- probes ----------------------------------------------------------------------------------
 
 
-def test_the_phantom_is_read_as_a_scan_of_any_orientation(phantom_home, go, threshold, tmp_path, monkeypatch):
-    """Label maps of the phantom's scans, stored in as many orientations, lie where the scans lie."""
-    made = dict(ev.load_segmenter(threshold)[1], spacing=[4.5, 4.5, 4.5], roi=[64, 64, 64])
-    monkeypatch.setattr(ev, "load_segmenter", lambda path: (Threshold(), dict(made)))
-    folder = phantom_home / "data/phantom/amos/imagesVa"
-    go("predict", "--ckpt", threshold, folder, "--out", tmp_path / "pred", "--no-overlay")
-    for scan in sorted(folder.glob("*.nii.gz")):
-        written, original = nib.load(tmp_path / "pred" / scan.name), nib.load(scan)
-        assert np.array_equal(written.affine, original.affine) and written.shape == original.shape
-        values, labels = read_scan(scan)[0], read_scan(tmp_path / "pred" / scan.name)[0]
-        assert values[labels == 1].mean() > 150 > 50 > values[labels == 2].mean()
+def clusters(n, K, F, apart, seed=0):
+    """n points of K Gaussian clusters, centres `apart` sd from the origin, each on an axis."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % K
+    return torch.randn(n, F, generator=g) + apart * torch.eye(F)[:K][y], y
+
+
+def test_chosen_patches_by_hand():
+    target = torch.zeros(8, 4, 2, dtype=torch.int16)  # 4 x 2 x 1 patches of 8 voxels
+    target[:2, :2] = 3  # all of it
+    target[:2, 2:, 0] = 2  # 4 of 2, 2 of 1
+    target[0, 2:, 1] = target[2, 0, 0] = 1  # and one voxel
+    rows, labels = ev.chosen_patches(target, 2, 0.25)
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and labels.tolist() == [3, 2] + [0] * 6
+    assert ev.chosen_patches(target, 2, 0.125)[1].tolist() == [3, 2, 1] + [0] * 5
+    assert ev.chosen_patches(target, 2, 0.75)[1].tolist() == [3] + [0] * 7
+    target[4:] = -1  # seen in another box
+    assert ev.chosen_patches(target, 2)[0].tolist() == [0, 1, 2, 3]
+    far = torch.cat(
+        [target[:4], torch.zeros(12, 4, 2).short()]
+    )  # 3 touched, 13 others: every fourth
+    assert ev.chosen_patches(far, 2)[0].tolist() == [0, 1, 2, 3, 7, 11, 15]
+    target[0, 2, 1] = 2
+    target[1, 2:, 0] = 1  # three of each: the lower number
+    assert ev.chosen_patches(target, 2, 0.25)[1][1] == 1
+    assert not ev.chosen_patches(torch.zeros_like(target), 2, 0.25)[1].any()
+
+
+@pytest.mark.parametrize("roi", [(8, 8, 8), (100, 100, 100), (12, 4, 9)])
+def test_boxes_tile_a_scan_and_show_each_label_once(monkeypatch, roi):
+    rng = np.random.default_rng(0)
+    image, label = rng.random((22, 12, 9)), rng.integers(0, 5, (22, 12, 9)).astype(np.uint8)
+    monkeypatch.setattr(ev, "opened", lambda case, what: image if what == "image" else label)
+    pairs, shown = dict(zip(image.ravel(), label.ravel())), []
+    for volume, target, part in ev.boxes_of([{"split": "train"}], roi, 4):
+        assert part == ev.HELD and volume.shape == target.shape
+        assert all(n <= max(4, r) and n % 4 == 0 for n, r in zip(volume.shape, roi))
+        here = target >= 0
+        assert target[here].tolist() == [pairs[v] for v in volume[here]]
+        shown += volume[here].tolist()
+    assert sorted(shown) == sorted(image[1:21, :12, :8].ravel())
+
+
+def test_knn_is_brute_force():
+    (x, y), (q, _) = clusters(70, 5, 8, 1.0), clusters(40, 5, 8, 1.0, seed=1)
+    shares = ev.knn(x, y, 5, q, k=7, temperature=0.1)
+    a, b = (v.double().numpy() / np.linalg.norm(v.double(), axis=1, keepdims=True) for v in (x, q))
+    for cosine, got in zip(b @ a.T, shares):
+        near = np.argsort(-cosine)[:7]
+        weights = np.exp(cosine[near] / 0.1)
+        vote = np.bincount(y.numpy()[near], weights, minlength=5)
+        np.testing.assert_allclose(got, vote / vote.sum(), atol=1e-4)
+    assert ev.knn(x[:3], y[:3], 5, q).shape == (40, 5)  # fewer than k: all of them
+
+
+def test_the_linear_probe_takes_the_l2_that_held_out_rows_prefer():
+    (x, y), held = clusters(120, 3, 40, 1.0), torch.arange(120) < 40
+    strengths, losses = (1.0, 0.1, 0.01, 0.0001), []
+    for l2 in strengths:
+        logits = scores_of(logistic(x[~held], y[~held], 3, l2), x[held])
+        losses.append(torch.nn.functional.cross_entropy(logits, y[held]).item())
+    probs, l2 = ev.linear_probe(x, y, 3, x, held, strengths)
+    assert l2 == strengths[np.argmin(losses)] and min(losses) < losses[-1] - 0.05  # it matters
+    torch.testing.assert_close(probs, scores_of(logistic(x, y, 3, l2), x).softmax(1))
+
+
+def test_class_scores_by_hand():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 3])
+    probs = torch.eye(4)[[0, 0, 0, 1, 1, 2, 3]]
+    s = ev.class_scores(labels, probs)
+    assert s["accuracy"] == pytest.approx(5 / 7)
+    assert s["balanced_accuracy"] == pytest.approx((0.75 + 0.5 + 1) / 3)  # of those that are there
+    assert s["f1"] == pytest.approx((6 / 7 + 0.5 + 1) / 3)
+    areas = [auc(labels == c, probs[:, c].numpy()) for c in (0, 1, 3)]
+    assert areas[0] == 0.875 and s["auc"] == pytest.approx(np.mean(areas))
+
+
+def test_probes_find_what_is_there_whatever_its_scale():
+    (x, y), (q, truth) = clusters(300, 3, 8, 3.0), clusters(120, 3, 8, 3.0, seed=1)
+    parts = torch.tensor([[ev.HELD, ev.FIT, ev.FIT, ev.FIT][n % 4] for n in range(300)])
+    parts = torch.cat([parts, torch.full((120,), ev.TEST)])
+    x, y = torch.cat([x, q]), torch.cat([y, truth])
+    scale = torch.tensor([1e-3, 1, 10, 1, 1, 1, 100, 1])
+    odd = torch.cat([x * scale + 5, torch.full((420, 1), 7.0)], 1)  # and a constant
+    noise = torch.randn(420, 8, generator=torch.Generator().manual_seed(5))
+    rows = [ev.probe_scores(v, y, parts, 3) for v in (x, odd, noise)]
+    for plain, scaled, blind in zip(*rows):
+        assert plain["accuracy"] > 0.85 and blind["accuracy"] < 0.5
+        assert scaled["accuracy"] == pytest.approx(plain["accuracy"], abs=0.02)
+    assert rows[2][1]["l2"] >= 0.1  # nothing to learn: strong regularisation
+    assert rows[0] == ev.probe_scores(x, y, parts, 3)
+
+
+def test_load_encoder_takes_every_kind_of_checkpoint(tmp_path):
+    encoder, args = Model(TINY), {"pool": "mean", "volume": [32, 32, 32]}
+    seg, cls = Segmenter(Model(TINY), 3, 4), Classifier(encoder, 2)
+    seg.encoder.load_state_dict(encoder.state_dict())
+    kept = {"config": vars(TINY), "classes": CLASSES, "args": args}
+    save_checkpoint(tmp_path / "a", **checkpoint_state(encoder), args={"volume": 64})
+    setting = {"classes": CLASSES, "features": 4}
+    save_checkpoint(
+        tmp_path / "b", format=SEGMENTER, model=seg.state_dict(), setting=setting, **kept
+    )
+    save_checkpoint(tmp_path / "c", format=CLASSIFIER, model=cls.state_dict(), **kept)
+    x = torch.rand(1, 16, 16, 16)
+    for name, run in (("a", {"volume": 64}), ("b", args), ("c", args)):
+        model, known = ev.load_encoder(tmp_path / name)
+        assert torch.equal(model.encode(x)[0], encoder.encode(x)[0]) and known == run
+
+
+def test_probe_on_the_phantom(go, tmp_path):
+    torch.manual_seed(0)
+    args = {"volume": 32}
+    save_checkpoint(tmp_path / "ckpt.pt", **checkpoint_state(Model(TINY)), args=args)
+    words = ["--tasks", "phantom", "lesions", "--cases", 3, 1, "--layer", "all"]
+    said = go("probe", "--ckpt", tmp_path / "ckpt.pt", *words)
+    rows = metrics_in(tmp_path / "eval-probe")["rows"]
+    scores = {(r["target"], r["features"], r["probe"]): r for r in rows}
+    names = [f"{n}, block {i}" for n in ("checkpoint", "random weights") for i in (0, 1)]
+    names += ["raw voxels", "position alone"]
+    expected = [("phantom", n) for n in names] + [("lesions", n) for n in names[:-1]]
+    assert [key[:2] for key in scores][::2] == expected and "balanced_accuracy" in said
+    assert scores["phantom", "position alone", "linear"]["auc"] > 0.6  # bodies lie alike
+    for target in ("phantom", "lesions"):  # the checkpoint is what --seed 0 draws
+        for probe in ("knn", "linear"):
+            ours, other, voxels = (
+                {k: v for k, v in scores[target, name, probe].items() if k in ev.METRICS}
+                for name in ("checkpoint, block 1", "random weights, block 1", "raw voxels")
+            )
+            assert ours == other != voxels
+    assert (tmp_path / "eval-probe/probe.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--ckpt", "none.pt"], "none.pt: no such checkpoint"),
+        (["--ckpt", "{0}/odd.pt"], "neither a checkpoint of pretrain.py"),
+        (["--ckpt", "{0}/ckpt.pt", "--layer", "2"], "blocks are 0 to 1"),
+        (["--ckpt", "{0}/ckpt.pt", "--tasks", "amos", "--data", "{0}"], "no labelled scans"),
+        (["--ckpt", "{0}/ckpt.pt", "--tasks", "nonsense"], "no such folder"),
+        (["--ckpt", "{0}/ckpt.pt", "--tasks", "lesions", "--corpus", "{0}"], "no corpus there"),
+    ],
+)
+def test_probe_says_what_is_wrong(go, tmp_path, flags, message):
+    save_checkpoint(tmp_path / "ckpt.pt", **checkpoint_state(Model(TINY)))
+    torch.save({"x": 1}, tmp_path / "odd.pt")
+    with pytest.raises(BadInput, match=message):
+        go("probe", *(f.format(tmp_path) for f in flags))
+
+
+# ---- next patch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["raster", "image"])
+def test_completion_is_what_repeated_forward_passes_give(order):
+    torch.manual_seed(1)
+    model = Model(Config(width=24, layers=2, heads=2, patch=4, order=order)).eval()
+    patches, grid, index = model.sequence(torch.rand(2, 8, 8, 16))
+    completed = model.complete(patches, 5, grid, index)
+    fed, (_, mean, scale) = patches.clone(), standardise(patches)
+    back = torch.arange(16) if index is None else torch.argsort(index)
+    for i in range(5, 16):
+        with torch.no_grad():
+            pred = model(unpatchify(fed[:, back], grid), torch.full((2,), 5))[1][:, i]
+        torch.testing.assert_close(completed[:, i], pred, atol=2e-5, rtol=1e-4)
+        fed[:, i] = (pred * scale[:, i] + mean[:, i]).clamp(0, 1)
+    assert not completed[:, :5].any() and not torch.allclose(fed[:, 5:], patches[:, 5:])
+
+
+def test_next_patch_on_the_phantom(go, corpus, tmp_path):
+    torch.manual_seed(0)
+    model, args = Model(TINY).eval(), {"volume": 32, "stride": 8}
+    save_checkpoint(tmp_path / "ckpt.pt", **checkpoint_state(model), args=args)
+    words = ["--data", corpus, "--samples", 2, "--completions", 1, "--dtype", "fp32"]
+    said = go("--ckpt", tmp_path / "ckpt.pt", *words)
+    out = tmp_path / "eval-pretrain"
+    rows = {(r["kind"], r["prefix"]): r for r in metrics_in(out)["rows"]}
+    kinds = ("spatial", "contrast", "semantic")
+    assert set(rows) == {(k, p) for k in kinds for p in (0, 8, 16, 32, 48, 56)}
+    data = Sequences(corpus, "val", 32, 4, 8)
+    batch = torch.utils.data.default_collate([data[n] for n in range(6)])
+    for (k, p), row in rows.items():
+        with torch.no_grad():
+            volume, prefix = batch["volume"], torch.full((6,), p)
+            errors, _ = model(volume, prefix, batch["ranges"], per_patch=True)
+        mine = errors[kinds.index(k) :: 3, p:]
+        assert row["loss"]["value"] == pytest.approx(mine.mean().item(), rel=1e-5)
+        assert row["loss"]["low"] <= row["loss"]["value"] <= row["loss"]["high"]
+        assert row["earlier_patch"] <= row["patch_mean"] + 1e-9
+        assert ("free_running" in row) == (p in (0, 16, 32, 48))
+        if "free_running" in row:
+            assert row["teacher_forced"] == pytest.approx(mine[0].mean().item(), rel=1e-4)
+    lines = [r for r in rows_of(out / "positions.csv") if r["kind"] == "contrast"]
+    lines = [r for r in lines if r["prefix"] == "16"]
+    assert [int(r["position"]) for r in lines] == list(range(16, 64))
+    mean = np.mean([float(r["loss"]) for r in lines])
+    assert mean == pytest.approx(rows["contrast", 16]["loss"]["value"]) and "free_running" in said
+    pictures = [(out / f"{name}.png").stat().st_size for name in ("completions", "positions")]
+    assert min(pictures) > 5000
+
+
+def test_next_patch_says_what_is_wrong(go, tmp_path):
+    codes = Config(width=24, layers=2, heads=2, patch=8, target="vq", codes=5)
+    save_checkpoint(tmp_path / "ckpt.pt", **checkpoint_state(Model(TINY)))
+    save_checkpoint(tmp_path / "vq.pt", **checkpoint_state(Model(codes)))
+    save_checkpoint(tmp_path / "other.pt", format="other")
+    for flags, message in (
+        (["pretrain", "--ckpt", "vq.pt"], "predicts no voxels"),
+        (["pretrain", "--ckpt", "ckpt.pt", "--data", "here"], "here: no corpus there"),
+        (["--dtype", "fp32", "--ckpt", "ckpt.pt", "--data", "here"], "here: no corpus there"),
+        (["pretrain", "--ckpt", "ckpt.pt", "--completions", 17], "--samples 16: at least 17"),
+        (["--ckpt", "other.pt"], "'other' says no sub-command"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            go(*(tmp_path / f if str(f).endswith(".pt") else f for f in flags))
+
+
+# ---- table -----------------------------------------------------------------------------------
+
+
+def seg_run(folder, value, seed, init="scratch", labels=1.0, cases=None, **more):
+    args = {"task": "amos", "init": init, "labels": labels, "seed": seed, "freeze": False}
+    write_json(folder / "args.json", args | more)
+    dice = {"liver": value, "spleen": None}
+    write_json(
+        folder / "metrics.json",
+        {"mean_dice": value, "dice": dice, "cases": cases or {"c0": [value]}},
+    )
+
+
+def cls_run(folder, labels, scores, seed, init="scratch"):
+    args = {"task": "phantom-cls", "flavour": "nodule", "init": init, "labels": 1.0}
+    write_json(folder / "args.json", {**args, "freeze": False, "seeds": [seed]})
+    area = {"auc": {"value": auc(labels, scores), "low": None, "high": None}}
+    write_json(folder / "metrics.json", {"seed": seed, "test": area})
+    rows = [["v0", "v", "val", 0, 0.5, 0.5]]
+    rows += [
+        [f"f{i}", f"p{i // 2}", "test", int(y), 1 - s, s]
+        for i, (y, s) in enumerate(zip(labels, scores))
+    ]
+    write_table(folder / "scores.csv", ["file", "patient", "split", "label", "p_0", "p_1"], rows)
+
+
+@pytest.fixture
+def tabled(go, tmp_path):
+    def run(*runs):
+        out = tmp_path / "table"
+        said = go("table", *(runs or [tmp_path]), "--out", out)
+        return said, rows_of(out / "table.csv"), rows_of(out / "tests.csv")
+
+    return run
+
+
+def test_table_mean_sd_and_wilcoxon(tabled, tmp_path):
+    rng, cases = np.random.default_rng(0), {}
+    for name, up in (("a", 0.1), ("b", 0.25)):
+        for s in range(4):
+            dice = rng.random(8) * 0.5 + up
+            cases[name, s] = {f"c{i}": [v, None] for i, v in enumerate(dice.tolist())}
+    for s, v in zip((0, 1, 2), (0.5, 0.6, 0.73)):
+        seg_run(tmp_path / f"a{s}", v, s, cases=cases["a", s])
+    for s, v in zip((1, 2, 3), (0.7, 0.75, 0.9)):
+        seg_run(tmp_path / f"b{s}", v, s, init="out/pretrain/ckpt.pt", cases=cases["b", s])
+    said, (scratch, ours), (test,) = tabled()
+    assert (scratch["initialisation"], scratch["seeds"]) == ("scratch", "[0, 1, 2]")
+    assert (ours["initialisation"], ours["seeds"]) == ("out/pretrain/ckpt.pt", "[1, 2, 3]")
+    assert float(scratch["mean"]) == pytest.approx(0.61) and scratch["paper"] == ""
+    assert float(scratch["sd"]) == pytest.approx(np.std([0.5, 0.6, 0.73], ddof=1))
+    assert (test["test"], test["seeds"], test["n"]) == ("Wilcoxon, cases", "[1, 2]", "8")
+    difference = (0.7 - 0.6 + 0.75 - 0.73) / 2
+    assert float(test["B - initialisation"]) == pytest.approx(difference)
+    a, b = ([np.mean([cases[n, s][f"c{i}"][0] for s in (1, 2)]) for i in range(8)] for n in "ab")
+    p = wilcoxon(np.subtract(b, a), method="exact").pvalue
+    assert float(test["p"]) == pytest.approx(p)
+    liver = rows_of(tmp_path / "table/classes.csv")[0]
+    assert (liver["class"], float(liver["mean"])) == ("liver", pytest.approx(0.61))
+    assert "| amos" in said and "0.1153" in (tmp_path / "table/table.md").read_text()
+    assert (tmp_path / "table/table.png").stat().st_size > 5000
+
+
+def test_table_bootstrap_of_auc(tabled, tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "DRAWS", 300)
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 3 == 0
+    good, bad = y + 0.5 * rng.standard_normal(80), rng.standard_normal(80)
+    cls_run(tmp_path / "x/seed-0", y, bad, 0)
+    cls_run(tmp_path / "x/seed-1", y, bad[::-1], 1)
+    write_json(tmp_path / "x/args.json", {"task": "phantom-cls", "init": "scratch"})  # of both
+    cls_run(tmp_path / "y", y, good, 0, "a/ckpt.pt")
+    cls_run(tmp_path / "z", y, good + 0.01 * rng.standard_normal(80), 0, "b/ckpt.pt")
+    _, rows, tests = tabled()
+    assert rows[0]["task"] == "phantom-cls (nodule)" and [r["runs"] for r in rows] == [
+        "2",
+        "1",
+        "1",
+    ]
+    far, _, near = tests
+    assert (far["n"], far["seeds"], far["test"]) == ("40", "[0]", "bootstrap, patients")
+    low, middle, high = (float(far[k]) for k in ("low", "B - initialisation", "high"))
+    assert float(far["p"]) < 0.02 and 0 < low < middle < high
+    assert float(near["p"]) > 0.05 and float(near["low"]) <= 0 <= float(near["high"])
+    assert tabled()[2] == tests
+
+
+def test_table_lists_what_it_leaves_out(tabled, tmp_path):
+    seg_run(tmp_path / "a", 0.5, 0)
+    seg_run(tmp_path / "b", 0.6, 1, init="x.pth")
+    seg_run(tmp_path / "c", 0.7, 0, labels=0.1)
+    seg_run(tmp_path / "c/earlier-1", 0.1, 5)
+    seg_run(tmp_path / "h", 0.8, 3, labels=0.1, lr=0.3, workers=5)
+    for name in "def":
+        seg_run(tmp_path / name, 0.5, 2)
+    (tmp_path / "d/metrics.json").unlink()
+    (tmp_path / "e/metrics.json").write_text('{"mean_dice": 0.')
+    write_json(tmp_path / "f/metrics.json", {"other": 1})
+    write_json(tmp_path / "g/args.json", {"volume": 64, "init": None})  # pre-training: no row
+    said, rows, (test,) = tabled()
+    assert [(r["labels"], r["runs"]) for r in rows] == [("0.1", "2"), ("1.0", "1"), ("1.0", "1")]
+    assert said.count("runs of amos, 0.1, Dice, scratch differ: lr 0.3\n") == 1
+    assert test["test"] == "no seed or no cases in common"
+    lines = [line for line in said.splitlines() if line.startswith("not in the table")]
+    for name, line in zip("def", lines, strict=True):
+        assert str(tmp_path / name) in line
+    assert "metrics.json: no such file" in lines[0]
+    assert "not JSON" in lines[1] and "not as the fine-tuning scripts write it" in lines[2]
+    with pytest.raises(BadInput, match="(?s)no finished fine-tuning run.*no such file"):
+        tabled(tmp_path / "d")
+    with pytest.raises(BadInput, match="gone: no such folder"):
+        tabled(tmp_path, tmp_path / "gone")
+
+
+def test_the_bootstrap_counts_only_draws_where_the_auc_is_defined(monkeypatch):
+    monkeypatch.setattr(ev, "DRAWS", 200)
+    y = [True, False, False]  # about 30 of 100 draws lack the one positive
+    runs = []
+    for p in ([0.1, 0.5, 0.9], [0.9, 0.5, 0.1]):
+        run = {"seed": 0, "value": auc(np.array(y), np.array(p)), "dice": {}}
+        run["cases"] = [(f"f{i}", f"p{i}", int(v)) for i, v in enumerate(y)]
+        runs.append([run | {"scores": np.stack([1 - np.array(p), p], 1)}])
+    test = ev.paired_test(*runs, 0)
+    defined = sum(0 in at and {*at} != {0} for at in ev.resampled(range(3), 200, 0))
+    assert 100 < defined < 160 and test["p"] == pytest.approx(2 / (defined + 1))

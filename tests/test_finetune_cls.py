@@ -1,404 +1,421 @@
-"""finetune_cls.py: metrics by hand, resume, selection, and bad input, on volumes of 16³ in 8³ patches."""
+"""finetune_cls.py: scores by hand, resume, selection, bad input, on volumes of 16³, 8³ patches."""
+
 import csv
 import json
-import signal
+import os
+import pickle
+import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-import common
 import finetune_cls as cls
-import serialize
-from common import BadInput, label_subset, load_checkpoint, place, poly_lr, read_log
-from model import CLS_FORMAT, SIZES, Classifier, Config, Model, fit, layer_decay_groups
-from serialize import case_of, cls_task, list_cases, load_volume, prepare_whole, resize_whole
+from common import BadInput, Machine, cli, load_checkpoint, read_log
+from model import SIZES, Config, Model, load_pretrained
 
-SMALL = ["--size", "nano", "--volume", 16, 16, 16, "--dtype", "fp32", "--bootstrap", 50, "--log-every", 1, "--warmup", 2]
-PICTURES = ("draw_curves", "draw_roc", "draw_confusion", "draw_cases")
+HERE = Path(__file__).parent
+SMALL = ["--init", "scratch:nano", "--volume", 16, 16, 16, "--dtype", "fp32", "--log-every", 1]
+PICTURES = ("curves", "roc", "confusion", "cases")
+CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
 def make_npz(path, counts=(20, 8, 12), **change):
-    """Images of noise, those of class 1 with stripes along x: no first-order statistic tells them apart."""
+    """Noise with stripes along x in class 1, along y in class 0: no histogram tells them apart."""
     rng, arrays = np.random.default_rng(0), {}
+    stripes = 30 * np.sign(np.sin(np.arange(12) * np.pi / 2 + 0.5))[:, None, None]
     for split, n in zip(cls.SPLITS, counts):
-        y = np.arange(n) % 2
-        v = 128 + 20 * rng.standard_normal((n, 12, 12, 12))
-        stripes = 30 * np.sign(np.sin(np.arange(12) * np.pi / 2 + 0.5))[None, :, None, None] * y[:, None, None, None]
-        v += stripes + np.sqrt(900) * (1 - y)[:, None, None, None] * rng.choice([-1, 1], v.shape)
-        arrays.update({f"{split}_images": v.clip(0, 255).astype(np.uint8), f"{split}_labels": y[:, None].astype(np.uint8)})
-    arrays.update(change)
-    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+        images = (128 + stripes + 20 * rng.standard_normal((n, 12, 12, 12))).clip(0, 255)
+        images[::2] = images[::2].swapaxes(1, 2).copy()
+        arrays[f"{split}_images"] = images.astype(np.uint8)
+        arrays[f"{split}_labels"] = np.arange(n)[:, None] % 2
+    np.savez(path, **{**arrays, **change})
     return path
 
 
+def make_scans(folder, values):
+    """s0.nii.gz, s1.nii.gz, … of values [N, x, y, z], the first axis to the left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, v in enumerate(values):
+        nib.save(nib.Nifti1Image(v, np.diag([-1, 1, 2, 1])), folder / f"s{i}.nii.gz")
+
+
+def noise(count):
+    return np.random.default_rng(0).integers(0, 900, (count, 10, 12, 9), dtype=np.int16)
+
+
 @pytest.fixture
-def go(monkeypatch, tmp_path):
+def go(monkeypatch, tmp_path, one_thread):
     """go(flag, …): finetune_cls.main() in this process and in tmp_path, without its pictures."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cls, "BOOTSTRAP", 50)
 
     def run(*flags, pictures=False):
         monkeypatch.setattr(sys, "argv", ["finetune_cls.py", *map(str, flags)])
         with monkeypatch.context() as m:
             for name in () if pictures else PICTURES:
-                m.setattr(cls, name, lambda *a, **k: None)
+                m.setattr(cls, f"draw_{name}", lambda *a: None)
             cls.main()
-    yield run
-    for s, h in handlers.items():
-        signal.signal(s, h)
 
-
-def arguments(*flags):
-    return cls.parser().parse_args(list(map(str, flags)))
+    return run
 
 
 def weights(path):
-    return load_checkpoint(path, CLS_FORMAT)["model"]
+    return load_checkpoint(path, cls.CLASSIFIER)["model"]
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return all(map(torch.equal, a.values(), b.values()))
 
 
 def metrics_of(out):
     return json.loads((out / "metrics.json").read_text())
 
 
-# ---------------------------------------------------------------- shared functions
+def scores_of(out, split="test"):
+    """Labels and probabilities of class 1, from scores.csv."""
+    rows = csv.DictReader((out / "scores.csv").read_text().splitlines())
+    pairs = [(r["label"] == "1", float(r["p_1"])) for r in rows if r["split"] == split]
+    return map(np.array, zip(*pairs))
 
 
-def test_rates_fall_towards_the_input():
-    model = Classifier(Model(Config(width=24, layers=3, heads=2, patch=4)), 2)
-    model.encoder.head.requires_grad_(False)
-    rate = {id(w): g["lr"] for g in layer_decay_groups(model, 8.0, 0.1, 0.5) for w in g["params"]}
-    want = {"encoder.embed": 0.5, "encoder.begin": 0.5, "encoder.blocks.0": 1, "encoder.blocks.1": 2, "encoder.blocks.2": 4,
-            "encoder.norm": 8, "score": 8}
-    for name, w in model.named_parameters():
-        if name.startswith("encoder.head"):
-            assert id(w) not in rate
-        else:
-            assert [v for k, v in want.items() if name.startswith(k)] == [rate.pop(id(w))], name
-    assert not rate
+# ---- scores, by hand -------------------------------------------------------------------------
 
 
-def test_subsets_of_labels_are_nested_and_stratified():
-    patients, strata = [f"p{i}" for i in range(60)], [int(i >= 40) for i in range(60)]
-    chosen = [set(label_subset(patients, s, 3, strata)) for s in (0.01, 0.1, 0.25, 0.5, 1)]
-    assert [len(c) for c in chosen] == [2, 6, 15, 30, 60] and all(a < b for a, b in zip(chosen, chosen[1:]))
-    assert sum(int(p[1:]) >= 40 for p in chosen[2]) == 5
-    assert chosen[1] == set(label_subset(patients[::-1], 0.1, 3, strata[::-1])) != set(label_subset(patients, 0.1, 4, strata))
-    assert label_subset(["a", "a", "b"], 1) == ["a", "b"]
-    with pytest.raises(BadInput, match="--labels 1.5"):
-        label_subset(patients, 1.5)
-
-
-def test_polynomial_schedule():
-    assert poly_lr(0, 10, 2.0) == 2 and poly_lr(5, 10, 2.0) == pytest.approx(2 * 0.5 ** 0.9) and poly_lr(10, 10, 2.0) == 0
-
-
-def test_attention_pooling_starts_as_the_mean():
-    encoder, v = Model(Config(width=24, layers=1, heads=2, patch=4)), torch.rand(2, 8, 8, 4)
-    a, b = Classifier(encoder, 2), Classifier(encoder, 2, "attention")
-    b.score = a.score
-    assert torch.allclose(a(v), b(v), atol=1e-6)
-    b.attend.weight.data.normal_()
-    assert not torch.allclose(a(v), b(v), atol=1e-3)
-
-
-# ---------------------------------------------------------------- metrics, by hand
-
-
-@pytest.mark.parametrize("y, score, area", [
-    ([0, 0, 1, 1], [.1, .4, .35, .8], 0.75),
-    ([0, 1, 0, 1], [.5, .5, .2, .9], 3.5 / 4),        # one tie, half a win
-    ([0, 1, 1], [.3, .3, .3], 0.5),                   # all equal: chance, and defined
-    ([1, 0], [0, 1], 0.0), ([1, 1, 1], [.1, .2, .3], None), ([0, 0], [.1, .2], None), ([0, 1], [np.nan, .2], None)])
-def test_auc(y, score, area):
-    assert common.auc(np.array(y) == 1, np.array(score)) == area
+@pytest.mark.parametrize(
+    "y, score, area",
+    [
+        ([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 0.75),
+        ([0, 1, 0, 1], [0.5, 0.5, 0.2, 0.9], 3.5 / 4),  # one tie, half a win
+        ([0, 1, 1], [0.3, 0.3, 0.3], 0.5),  # all equal: chance, and defined
+        ([1, 0], [0, 1], 0.0),
+        ([1, 1, 1], [0.1, 0.2, 0.3], None),
+        ([0, 1], [np.nan, 0.2], None),
+    ],
+)
+def test_auc_and_the_area_under_the_curve(y, score, area):
+    y, score = np.array(y) == 1, np.array(score)
+    assert cls.auc(y, score) == area
     if area is not None:
-        fpr, tpr, _ = common.roc(np.array(y) == 1, np.array(score))
-        assert np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2) == pytest.approx(area)
+        fpr, tpr, _ = cls.roc(y, score)
+        assert np.trapezoid(tpr, fpr) == pytest.approx(area)
 
 
 def test_metrics_at_both_points():
     labels = np.array([0, 0, 0, 1, 1])
-    p1 = np.array([.1, .3, .6, .4, .9])
-    assert common.youden(labels == 1, p1) == 0.9 or common.youden(labels == 1, p1) == 0.4
-    m = common.measure(labels, np.stack([1 - p1, p1], 1), [0.4])
-    assert m["auc"] == pytest.approx(5 / 6)
-    assert (m["sensitivity"], m["specificity"], m["accuracy"]) == pytest.approx((1 / 2, 2 / 3, 3 / 5))
-    assert (m["f1"], m["balanced_accuracy"]) == pytest.approx((1 / 2, 7 / 12))
-    assert (m["youden_sensitivity"], m["youden_specificity"], m["youden_f1"]) == pytest.approx((1, 2 / 3, 4 / 5))
+    p1 = np.array([0.1, 0.3, 0.6, 0.4, 0.9])
+    m = cls.measure(labels, np.stack([1 - p1, p1], 1), [0.4])
+    want = {
+        "auc": 5 / 6,
+        "accuracy": 3 / 5,
+        "f1": 1 / 2,
+        "sensitivity": 1 / 2,
+        "specificity": 2 / 3,
+        "balanced_accuracy": 7 / 12,
+        "youden_accuracy": 4 / 5,
+        "youden_f1": 4 / 5,
+        "youden_sensitivity": 1,
+        "youden_specificity": 2 / 3,
+        "youden_balanced_accuracy": 5 / 6,
+    }
+    assert m == pytest.approx(want)
 
 
 def test_youden_is_the_best_threshold_of_any():
     rng = np.random.default_rng(1)
     y, s = rng.random(50) < 0.4, rng.integers(0, 12, 50) / 10
-    gain = lambda t: np.mean(s[y] >= t) - np.mean(s[~y] >= t)  # noqa: E731
-    assert gain(common.youden(y, s)) == pytest.approx(max(gain(t) for t in np.arange(-0.05, 1.3, 0.1)))
-    assert common.youden(np.ones(3, bool), np.arange(3.)) is None
+    gains = {t: np.mean(s[y] >= t) - np.mean(s[~y] >= t) for t in s}
+    assert gains[cls.youden(y, s)] == max(gains.values())
+    assert cls.youden(y | True, s) == 0.5
 
 
-def test_several_classes_are_one_against_the_rest():
+def test_several_classes_are_one_against_the_rest_and_undefined_stays_undefined():
     labels = np.array([0, 1, 2, 2])
-    probs = np.array([[.6, .3, .1], [.5, .4, .1], [.1, .2, .7], [.2, .5, .3]])
-    m = common.measure(labels, probs, [.5, .5, .5])
-    assert m["auc"] == pytest.approx(np.mean([1, 2 / 3, 1]))
-    assert m["accuracy"] == 0.5 and m["balanced_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert common.measure(labels[:2], probs[:2], [.5] * 3)["auc"] is None
-
-
-def test_undefined_stays_undefined():
-    one = common.with_intervals(np.ones(4, int), np.full((4, 2), 0.5), np.arange(4), [0.5], 20, 0)
-    assert one["auc"] == dict(value=None, low=None, high=None) and common.text_of(one["auc"]) == "undefined"
-    assert one["specificity"]["value"] is None and one["balanced_accuracy"]["value"] is None and one["sensitivity"]["value"] == 1
-    assert common.at_point(np.zeros(3, bool), np.zeros(3, bool))["f1"] is None
+    probs = np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3]])
+    m = cls.measure(labels, probs, [0.5] * 3)
+    want = {"auc": (1 + 2 / 3 + 1) / 3, "accuracy": 0.5, "balanced_accuracy": (1 + 0 + 0.5) / 3}
+    assert {k: m[k] for k in want} == pytest.approx(want)
+    two = cls.with_intervals(labels[:2], probs[:2], [0, 1], [0.5] * 3, 0)
+    assert two["auc"] == {"value": None, "low": None, "high": None}
+    assert cls.text_of(two["auc"]) == "undefined" and two["specificity"]["value"] is not None
+    assert cls.interval([0.5, None, None]) == (None, None) and cls.interval([1, np.nan]) == (1, 1)
 
 
 def test_the_bootstrap_draws_patients_not_cases():
     rng = np.random.default_rng(0)
     y = np.arange(40) % 2
-    p1 = np.clip(0.5 + 0.15 * (2 * y - 1) + 0.3 * rng.standard_normal(40), 0, 1)
-    wide = lambda k, who: (lambda m: m["high"] - m["low"])(common.with_intervals(  # noqa: E731
-        np.tile(y, k), np.tile(np.stack([1 - p1, p1], 1), (k, 1)), np.tile(who, k), [0.5], 400, 0)["auc"])
-    assert wide(1, np.arange(40)) == pytest.approx(wide(9, np.arange(40)), rel=0.02)  # nine scans of each patient tell no more
-    ours = common.with_intervals(y, np.stack([1 - p1, p1], 1), np.arange(40), [0.5], 400, 0)["auc"]
-    assert ours["low"] < ours["value"] < ours["high"]
+    p1 = 0.5 + 0.15 * (2 * y - 1) + 0.3 * rng.standard_normal(40)
+    intervals = []
+    for k in (1, 5):  # five scans of each patient tell no more
+        probs = np.tile(np.stack([1 - p1, p1], 1), (k, 1))
+        scores = cls.with_intervals(np.tile(y, k), probs, np.tile(range(40), k), [0.5], 0)
+        intervals.append(scores["auc"])
+    once, often = intervals
+    assert once == pytest.approx(often) and once["low"] < once["value"] < once["high"]
+    counts = [np.bincount(i, minlength=4) for i in cls.resampled(["b", "a", "b", "c"], 20, 0)]
+    assert all(b == b_too and b + a + c == 3 for b, a, b_too, c in counts)
 
 
 def test_logistic_regression_finds_its_minimum():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((300, 3))
-    y = (x[:, 0] + 0.3 * rng.standard_normal(300) > 0).astype(int)
-    probs = cls.fit_logistic(np.c_[x, np.ones(300)], y, 2)(np.c_[x, np.full(300, 7.0)])   # a constant column is left out
-    assert common.auc(y == 1, probs[:, 1]) > 0.97 and np.allclose(probs.sum(1), 1)
-    noise = cls.fit_logistic(x, rng.integers(0, 2, 300), 2)(rng.standard_normal((300, 3)))
-    assert 0.4 < common.auc(y == 1, noise[:, 1]) < 0.6
+    x, y = rng.standard_normal((99, 3)), rng.integers(0, 3, 99)
+    w = cls.logistic(torch.from_numpy(x), torch.from_numpy(y), 3, 0.1, tolerance=1e-9)
+    p = cls.scores_of(w, torch.from_numpy(x)).softmax(1).numpy()
+    slope = (p - np.eye(3)[y]).T @ np.c_[x, np.ones(99)] / 99
+    assert np.abs(slope + 0.1 * np.c_[w[:, :3], np.zeros(3)]).max() < 1e-4
 
 
-# ---------------------------------------------------------------- golden logits
+# ---- the classifier and its input ------------------------------------------------------------
 
 
-def test_golden_logits_through_the_scripts_own_model(tmp_path):
-    with np.load("tests/golden/reference_tiny.npz", allow_pickle=False) as z:
-        golden = {k: z[k] for k in z.files}
-    torch.save({"state_dict": {k[3:]: torch.from_numpy(v) for k, v in golden.items() if k.startswith("sd.")}}, tmp_path / "p.pt")
-    where = place("cpu", "fp32")
-    args = arguments("--task", "ricord", "--init", tmp_path / "p.pt", "--heads", int(golden["config"][2]), "--micro", 1)
-    args.workers = 0
-    model = Classifier(cls.build_encoder(args, where), 2)
-    model.score.weight.data = torch.from_numpy(golden["classify.score_weight"])
-    cases = []
-    for i, v in enumerate(golden["encoder.image"][:, 0]):
-        np.savez(tmp_path / f"{i}.npz", volume=v)
-        cases.append(dict(array=tmp_path / f"{i}.npz", label=i % 2))
-    labels, probs = cls.evaluate(model, cases, args, where)
-    assert np.allclose(probs, torch.from_numpy(golden["classify.logits"]).softmax(1), atol=1e-5)
-    assert labels.tolist() == [c["label"] for c in cases]
+def test_golden_logits(tmp_path):
+    with np.load(HERE / "golden/reference_tiny.npz", allow_pickle=False) as z:
+        golden = {k: torch.tensor(z[k]) for k in z.files if z[k].dtype.kind != "U"}
+    published = {k[3:]: v for k, v in golden.items() if k.startswith("sd.")}
+    torch.save({"state_dict": published}, tmp_path / "p.pt")
+    net = cls.Classifier(load_pretrained(tmp_path / "p.pt", int(golden["config"][2])), 2)
+    net.score.weight.data = golden["classify.score_weight"]
+    logits = net(golden["encoder.image"][:, 0])
+    assert torch.allclose(logits, golden["classify.logits"], atol=1e-5)
 
 
-# ---------------------------------------------------------------- runs
+def test_attention_pooling_starts_as_the_mean():
+    encoder, v = Model(Config(width=24, layers=1, heads=2, patch=4)), torch.rand(2, 8, 8, 4)
+    net = cls.Classifier(encoder, 2, "attention")
+    mean = net.score(encoder.encode(v)[0].mean(1))
+    assert torch.allclose(net(v), mean, atol=1e-6)
+    net.attend.weight.data.normal_()
+    assert not torch.allclose(net(v), mean, atol=1e-3)
 
 
-def test_a_run_resumes_bitwise_and_selects_before_it_looks_at_the_test_set(go, tmp_path, monkeypatch, capsys):
-    flags = [*SMALL, "--task", "nodule", "--data", make_npz(tmp_path / "n.npz"), "--epochs", 4, "--save-every", 1, "--lr", 2e-3]
-    seen, real = [], cls.evaluate
+def test_samples_are_functions_of_seed_and_number(tmp_path):
+    np.savez(tmp_path / "v.npz", volume=np.arange(24.0).reshape(2, 3, 4))
+    cases = [{"label": i, "array": tmp_path / "v.npz"} for i in range(5)]
+    streams = [cls.Stream(cases, 0, 0.5), cls.Stream(cases, 1, 0.0)]
+    streams = pickle.loads(pickle.dumps(streams))  # as workers that are spawned get them
+    (labels, corners), (others, same_corner) = (
+        zip(*((s[n]["label"], s[n]["volume"][0, 0, 0].item()) for n in range(60))) for s in streams
+    )
+    assert sorted(labels[:5]) == sorted(labels[5:10]) == list(range(5)) and labels != others
+    assert set(corners) == {0, 3, 8, 11, 12, 15, 20, 23} and set(same_corner) == {0}
 
-    def watched(model, cases, *rest):
-        seen.append((cases[0]["split"], {k: v.clone() for k, v in model.state_dict().items()}))
-        return real(model, cases, *rest)
-    monkeypatch.setattr(cls, "evaluate", watched)
+
+def test_scans_are_turned_to_ras_mapped_and_resized(tmp_path, monkeypatch):
+    monkeypatch.setattr(cls, "CACHE", tmp_path)
+    make_scans(
+        tmp_path, np.tile(np.int16(200) * np.arange(8, dtype=np.int16)[:, None, None], (1, 1, 8, 8))
+    )
+    ready = cls.prepare_whole({"source": tmp_path / "s0.nii.gz"}, (4, 8, 16), [0, 1400])
+    v = cls.load_volume(ready).float()
+    want = torch.tensor([1300, 900, 500, 100]) / 1400
+    assert v.shape == (4, 8, 16) and torch.allclose(v[:, 0, 0], want, atol=1e-3)
+    assert ready["statistics"][:6].tolist() == [8, 8, 8, 1, 1, 2]
+
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_resumes_bitwise_and_looks_at_the_test_set_last(go, tmp_path, monkeypatch, capsys):
+    data = make_npz(tmp_path / "n.npz")
+    flags = [*SMALL, "--task", "nodule", "--data", data, "--steps", 10, "--lr", 2e-3]
+    seen, real = [], cls.predict_probs
+
+    def watched(net, cases, machine):
+        seen.append((cases[0]["split"], {k: v.clone() for k, v in net.state_dict().items()}))
+        return real(net, cases, machine)
+
+    monkeypatch.setattr(cls, "predict_probs", watched)
     go(*flags, "--out", "whole", pictures=True)
     whole, half = tmp_path / "whole", tmp_path / "half"
 
     # the test set: once, last, with the weights of the best validation AUC
-    assert [s for s, _ in seen].count("test") == 1 and seen[-1][0] == "test" and same(seen[-1][1], weights(whole / "best.pt"))
+    assert [s for s, _ in seen] == ["val"] * 5 + ["test"]  # an epoch is three steps
+    assert same(seen[-1][1], weights(whole / "best.pt"))
     rows = [r for r in read_log(whole / "log.jsonl") if "val_auc" in r]
-    best = max(rows, key=lambda r: (r["val_auc"], -r["val_loss"]))
-    m = metrics_of(whole)
-    assert len(rows) == 4 and m["step"] == best["step"] == load_checkpoint(whole / "best.pt")["step"] and m["val_auc"] == best["val_auc"]
-    table = list(csv.DictReader(open(whole / "scores.csv")))
-    for split, value in (("test", m["test"]["auc"]["value"]), ("val", m["val_auc"])):
-        part = [r for r in table if r["split"] == split]
-        assert common.auc(np.array([r["label"] == "1" for r in part]), np.array([float(r["p_1"]) for r in part])) == pytest.approx(value)
-    assert all((whole / f).stat().st_size > 5000 for f in ("roc.png", "confusion.png", "cases.png", "curves.png"))
+    best, m = max(rows, key=lambda r: (r["val_auc"], -r["val_loss"])), metrics_of(whole)
+    assert m["step"] == best["step"] == load_checkpoint(whole / "best.pt")["step"]
+    assert cls.auc(*scores_of(whole)) == m["test"]["auc"]["value"]
+    assert cls.auc(*scores_of(whole, "val")) == best["val_auc"] == m["val_auc"]
+    assert all((whole / f"{f}.png").stat().st_size > 5000 for f in PICTURES)
     assert "shortcut baseline" in capsys.readouterr().out
+    assert m["shortcut"]["features"] == 11  # of the histogram; the headers are all the same
 
     # stopped and resumed: the same, bit by bit; reading is from the cache
-    monkeypatch.setattr(serialize, "resize_whole", lambda *a: pytest.fail("resized again"))
+    monkeypatch.setattr(cls, "resize_whole", lambda *a: pytest.fail("resized again"))
     go(*flags, "--out", "half", "--stop-after", 5)
-    assert not (half / "metrics.json").exists() and load_checkpoint(half / "ckpt.pt")["step"] == 5
+    assert not (half / "metrics.json").exists()
     go("--resume", "--out", "half")
-    assert same(weights(whole / "ckpt.pt"), weights(half / "ckpt.pt")) and same(weights(whole / "best.pt"), weights(half / "best.pt"))
-    timeless = [[{k: v for k, v in r.items() if k not in ("samples_per_s", "seconds")} for r in read_log(p / "log.jsonl")] for p in (whole, half)]
-    assert timeless[0] == timeless[1] and metrics_of(half) == m
-    count = len(seen)
-    go("--resume", "--out", "half")  # done: the test set is left alone
-    assert len(seen) == count
-    with pytest.raises(BadInput, match="--batch 4: the run to resume has 8"):
-        go("--resume", "--out", "half", "--batch", 4)
+    for name in ("ckpt.pt", "best.pt"):
+        assert same(weights(whole / name), weights(half / name))
+    logs = [read_log(p / "log.jsonl") for p in (whole, half)]
+    for row in logs[0] + logs[1]:
+        row.pop("samples_per_s", None), row.pop("seconds", None)
+    assert logs[0] == logs[1] and metrics_of(half) == m
 
 
-def test_the_last_weights_are_not_taken_for_the_best(go, tmp_path, monkeypatch):
-    """Validation is made to prefer epoch 2 of 4: the test scores are those of epoch 2."""
-    real, calls = common.measure, []
-
-    def doctored(labels, probs, thresholds):
-        m = real(labels, probs, thresholds)
-        if len(labels) == 8 and len(calls) < 4:  # the validation set, while training
-            calls.append(1)
-            m["auc"] = 0.99 if len(calls) == 2 else 0.5
-        return m
-    monkeypatch.setattr(cls, "measure", doctored)
-    go(*SMALL, "--task", "nodule", "--data", make_npz(tmp_path / "n.npz", (16, 8, 12)), "--epochs", 4, "--out", "o")
-    assert metrics_of(tmp_path / "o")["step"] == 4 and load_checkpoint(tmp_path / "o/ckpt.pt")["step"] == 8
-    assert not same(weights(tmp_path / "o/best.pt"), weights(tmp_path / "o/ckpt.pt"))
-    model = Classifier(Model(Config(**SIZES["nano"])), 2)
-    fit(model, weights(tmp_path / "o/best.pt"), "best.pt")
-    rows = [r for r in csv.DictReader(open(tmp_path / "o/scores.csv")) if r["split"] == "test"]
-    with np.load(tmp_path / "n.npz") as z:
-        v = np.stack([resize_whole(np.float32(i / 255), (16, 16, 16)).astype(np.float16) for i in z["test_images"]])
-    with torch.no_grad():
-        assert np.allclose(model(torch.from_numpy(v).float()).softmax(1)[:, 1], [float(r["p_1"]) for r in rows], atol=1e-5)
+def test_the_best_is_kept_and_patience_ends_the_run(go, tmp_path, monkeypatch):
+    """Validation is made to prefer the second of five; two more without a better one are enough."""
+    areas = iter([0.5, 0.99, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(cls, "validate", lambda *a: [next(areas), 0.0, a[3]])
+    monkeypatch.setitem(cls.RECIPES["nano"], "patience", 2)
+    data, out = make_npz(tmp_path / "n.npz", (16, 8, 12)), tmp_path / "o"
+    go(*SMALL, "--task", "nodule", "--data", data, "--steps", 10, "--out", "o")
+    assert not same(weights(out / "best.pt"), weights(out / "ckpt.pt"))
+    (out / "metrics.json").unlink()
+    go("--resume", "--out", "o")  # as if killed before the test: it is at its end all the same
+    assert metrics_of(out)["step"] == 4 and load_checkpoint(out / "ckpt.pt")["step"] == 8
 
 
 def test_it_learns_texture_and_the_shortcut_does_not(go, tmp_path):
-    go(*SMALL, "--task", "nodule", "--data", make_npz(tmp_path / "n.npz", (60, 12, 40)), "--epochs", 12, "--out", "o", "--freeze", "--lr", 0.02)
-    frozen = metrics_of(tmp_path / "o")["test"]["auc"]["value"]
-    start, end = Model(Config(**SIZES["nano"])), weights(tmp_path / "o/best.pt")
+    data, out = make_npz(tmp_path / "n.npz", (60, 12, 40)), tmp_path / "o"
+    flags = [*SMALL, "--task", "nodule", "--data", data, "--out", "o"]
+    go(*flags, "--freeze", "--steps", 2)
     torch.manual_seed(0)
-    start = Model(Config(**SIZES["nano"]))
+    start, end = Model(Config(**SIZES["nano"])), weights(out / "best.pt")
     assert all(torch.equal(v, end["encoder." + k]) for k, v in start.state_dict().items())
-    go(*SMALL, "--task", "nodule", "--data", tmp_path / "n.npz", "--epochs", 12, "--out", "o")
-    m = metrics_of(tmp_path / "o")
-    assert m["test"]["auc"]["value"] > 0.9 and (tmp_path / "o/earlier-1/best.pt").exists()
-    assert frozen is not None and m["shortcut"]["value"] < m["test"]["auc"]["value"] - 0.1
+    go(*flags, "--steps", 60, "--val-every", 20)
+    m = metrics_of(out)
+    assert m["test"]["auc"]["value"] > 0.9 and (out / "earlier-1/best.pt").exists()
+    assert m["shortcut"]["value"] < m["test"]["auc"]["value"] - 0.1
 
 
-def test_two_processes_train_the_same_model(script, tmp_path):
+def test_two_processes_train_the_same_model(go, tmp_path):
     data = make_npz(tmp_path / "n.npz", (18, 8, 11))
-    flags = [*SMALL, "--task", "nodule", "--data", data, "--epochs", 2, "--cache", tmp_path / "cache"]
-    script("finetune_cls.py", *flags, "--out", tmp_path / "one", "--micro", 4)
-    script("finetune_cls.py", *flags, "--out", tmp_path / "two", "--micro", 2, ranks=2)
-    a, b = ({r["step"]: r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r} for x in ("one", "two"))
-    assert len(a) == 4 and a == pytest.approx(b, rel=1e-4)
-    a, b = ([float(r["p_1"]) for r in csv.DictReader(open(tmp_path / x / "scores.csv"))] for x in ("one", "two"))
-    assert len(a) == 19 and a == pytest.approx(b, abs=1e-3)
-
-
-def make_scans(folder, count, values=lambda i: np.random.default_rng(i).integers(0, 900, (10, 12, 9)).astype(np.int16)):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        nib.save(nib.Nifti1Image(values(i), np.diag([-1, 1, 2, 1])), folder / f"s{i}.nii.gz")
+    flags = [*map(str, SMALL), "--task", "nodule", "--data", data, "--steps", "4", "--out"]
+    go(*flags, "one")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    script = ["--rdzv_endpoint=127.0.0.1:0", HERE.parent / "finetune_cls.py", *flags, "two"]
+    command, env = [sys.executable, *torchrun, *script], {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--micro", "2"], cwd=tmp_path, env=env, check=True)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    one, two = ([r["loss"] for r in rows if "loss" in r] for rows in logs)
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
+    one, two = ([*scores_of(tmp_path / name)] for name in ("one", "two"))
+    assert len(one[0]) == 11 and np.allclose(one, two, atol=1e-3)
 
 
 def test_a_csv_of_three_classes_two_seeds_and_a_broken_scan(go, tmp_path, capsys):
-    make_scans(tmp_path / "scans", 18)
+    make_scans(tmp_path / "scans", noise(18))
     (tmp_path / "scans/s17.nii.gz").write_bytes(b"no scan")
-    rows = [f"scans/s{i}.nii.gz,{i % 3},{'train' if i < 9 else 'val' if i < 12 else 'test'},p{i}" for i in range(18)]
+    splits = ["train", "train", "train", "val", "test", "test"]
+    rows = [f"scans/s{i}.nii.gz,{i % 3},{splits[i // 3]},p{i}" for i in range(18)]
     (tmp_path / "cases.csv").write_text("\n".join(["file,label,split,patient", *rows]))
-    go(*SMALL, "--task", "mine", "--data", "cases.csv", "--epochs", 1, "--seeds", 3, 4, "--out", "o", "--pool", "attention", "--batch", 4)
+    flags = [*SMALL, "--task", "mine", "--data", "cases.csv", "--pool", "attention", "--batch", 4]
+    go(*flags, "--steps", 3, "--seeds", 3, 4, "--out", "o", "--stop-after", 2)
+    go("--resume", "--out", "o", "--stop-after", 9, pictures=True)
     m = metrics_of(tmp_path / "o")
-    assert [r["seed"] for r in m["runs"]] == [3, 4] and m["runs"][0]["cases"] == dict(train=9, val=3, test=5)
-    values = [r["test"]["accuracy"]["value"] for r in m["runs"]]
-    assert m["test"]["accuracy"] == dict(mean=pytest.approx(np.mean(values)), sd=pytest.approx(np.std(values, ddof=1)))
-    assert "s17.nii.gz" in (tmp_path / "o/seed-3/skipped.csv").read_text() and "±" in capsys.readouterr().out
-    assert "attend.weight" in weights(tmp_path / "o/seed-4/best.pt")
+    assert m["runs"][1]["seed"] == 4 and m["runs"][0]["cases"]["test"] == 5
+    a, b = (r["test"]["accuracy"]["value"] for r in m["runs"])
+    want = {"mean": (a + b) / 2, "sd": abs(a - b) / 2**0.5}
+    assert m["test"]["accuracy"] == pytest.approx(want) and "±" in capsys.readouterr().out
+    skipped = (tmp_path / "o/seed-3/skipped.csv").read_bytes()
+    assert b"s17.nii.gz,test," in skipped and b"\r" not in skipped
+    assert weights(tmp_path / "o/seed-4/best.pt")["attend.weight"].any()
+    go(*flags, "--steps", 2, "--out", "o")  # a single run later, in the same folder
+    go("--resume", "--out", "o")
+    assert metrics_of(tmp_path / "o")["seed"] == 0
 
 
-def test_flips_are_those_of_the_sample():
-    v = torch.arange(2 * 2 * 3 * 4.).view(2, 2, 3, 4)
-    out = cls.augment(v, torch.tensor([[True, False, True], [False, False, False]]))
-    assert torch.equal(out[0], v[0].flip(0, 2)) and torch.equal(out[1], v[1])
-    a, b = (cls.Stream([dict(label=i) for i in range(5)], s, 0.5) for s in (0, 1))
-    assert sorted(a.case(n)["label"] for n in range(5, 10)) == list(range(5))
-    assert [a.case(n)["label"] for n in range(40)] != [b.case(n)["label"] for n in range(40)]
+def test_rank_0_makes_the_phantom(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cls, "write_phantom", lambda *a: calls.append(a))
+    for rank in (0, 1):
+        machine = Machine(rank, 2, CPU.device, CPU.dtype)  # a collective would fail here
+        assert cls.data_of("phantom-cls", "ricord", None, machine) == "data/phantom/ricord"
+    assert calls == [("data/phantom", ("ricord",))]
 
 
-def test_scans_are_turned_to_ras_windowed_and_resized(tmp_path):
-    make_scans(tmp_path, 1, lambda i: np.broadcast_to(np.arange(8)[:, None, None] * 200, (8, 8, 8)).astype(np.int16))
-    case = dict(source=tmp_path / "s0.nii.gz")
-    file, stats, reason = prepare_whole(case, (4, 8, 16), [0, 1400], tmp_path / "cache")
-    v = load_volume(dict(array=file)).float()
-    assert reason is None and v.shape == (4, 8, 16)
-    assert torch.allclose(v[:, 0, 0], torch.tensor([1300, 900, 500, 100]) / 1400, atol=1e-3)  # the first axis pointed left
-    assert stats[:3].tolist() == [8, 8, 8] and stats[3:6].tolist() == [1, 1, 2]
+# ---- bad input -------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------- bad input
+def listing(task, data, pattern=None):
+    return cls.list_cases(cls.TASKS[task], data, None, pattern, CPU)[0]
 
 
-def listing(args):
-    return list_cases(cls_task(args.task, args.flavour), args.data, args.lists, args.patient, place("cpu", "fp32"))
-
-
-def refused(args, words):
-    with pytest.raises(BadInput, match=words):
-        listing(args)
-
-
-@pytest.mark.parametrize("change, words", [
-    (dict(val_labels=None), "lacks val_labels"),
-    (dict(test_labels=np.full((12, 1), 2, np.uint8)), r"test_labels\[0\]: label 2; it is 0 to 1"),
-    (dict(train_images=np.array([{}] * 20, object)), "Python objects.*refused"),
-    (dict(train_labels=np.zeros((20, 1), np.uint8)), "no case of class 1"),
-    (dict(val_images=np.zeros((8, 3), np.uint8)), r"val_images \(8, 3\)")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"val_labels": np.zeros(7, int)}, "n.npz: cannot be read .*argument 2 is shorter"),
+        ({"test_labels": np.full(12, 2)}, "test/00000: label '2'; it is an integer from 0 to 1"),
+        ({"train_images": np.array([{}])}, "allow_pickle=False"),
+        ({"train_labels": np.zeros(20, int)}, "2 classes are needed in the train"),
+    ],
+)
 def test_a_bad_npz(tmp_path, change, words):
-    refused(arguments("--task", "nodule", "--data", make_npz(tmp_path / "n.npz", **change)), words)
+    with pytest.raises(BadInput, match=words):
+        listing("nodule", make_npz(tmp_path / "n.npz", **change))
 
 
-def test_no_npz_or_half_of_one(tmp_path):
-    refused(arguments("--task", "nodule", "--data", tmp_path), "no nodulemnist3d.npz")
-    refused(arguments("--task", "nodule", "--data", tmp_path / "x.npz"), "no such file")
-    whole = make_npz(tmp_path / "n.npz").read_bytes()
-    (tmp_path / "n.npz").write_bytes(whole[:len(whole) // 2])
-    refused(arguments("--task", "nodule", "--data", tmp_path / "n.npz"), "n.npz: cannot be read as an npz")
+def test_no_npz_or_half_of_one_or_flat_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(cls, "CACHE", tmp_path)
+    with pytest.raises(BadInput, match="nodulemnist3d.npz: cannot be read .*No such file"):
+        listing("nodule", tmp_path)
+    path = make_npz(tmp_path / "nodulemnist3d.npz", val_images=np.zeros((8, 3, 3)))
+    with pytest.raises(BadInput, match="no scan of the val split .*2D"):
+        cls.prepare_all(listing("nodule", tmp_path), [8, 8, 8], [0, 255], CPU)
+    path.write_bytes(path.read_bytes()[:9999])
+    with pytest.raises(BadInput, match="cannot be read as MedMNIST's npz"):
+        listing("nodule", tmp_path)
 
 
-def test_bad_lists_and_tables(tmp_path):
-    make_scans(tmp_path, 4)
-    args = arguments("--task", "ricord", "--data", tmp_path)
-    refused(args, "train.txt: no such list")
-    good = dict(train="s0.nii.gz 0\ns1.nii.gz 1\n", val="s2.nii.gz 0\n", test="s3.nii.gz 1\n")
+def test_bad_lists_and_tables(tmp_path, monkeypatch, capsys):
+    make_scans(tmp_path, noise(4))
+    good = {"train": "s0.nii.gz 0\n\ns1.nii.gz 1\n", "val": "s2.nii.gz 0", "test": "s3.nii.gz 1"}
 
-    def lists(**change):
+    def refused(words, task="ricord", data=tmp_path, pattern=None, **change):
         for name, text in {**good, **change}.items():
             (tmp_path / f"{name}.txt").write_text(text)
-    lists()
-    assert len(listing(args)[0]) == 4
-    for change, words in ((dict(val="gone.nii.gz 0\n"), r"val.txt:1: no such file .*gone.nii.gz"),
-                          (dict(test="s3.nii.gz 7\n"), "test.txt:1: label '7'; it is 0 to 1"),
-                          (dict(test="s3.nii.gz yes\n"), "label 'yes'"), (dict(val=""), "the val split has no case"),
-                          (dict(test="s0.nii.gz 0\n"), "1 patients are in more than one split, s0 in test and train")):
-        lists(**change)
-        refused(args, words)
-    lists()
-    refused(arguments("--task", "ricord", "--data", tmp_path, "--patient", r"s(\d)\d"), "does not match")
-    refused(arguments("--task", "ricord", "--data", tmp_path, "--patient", r"\.nii"), "3 patients|1 patients are in more")
-    table, mine = tmp_path / "c.csv", arguments("--task", "mine", "--data", tmp_path / "c.csv")
-    refused(mine, "no such CSV")
-    for text, words in (("file,label\na,0\n", "lacks the column split"), ("file,label,split\ns0.nii.gz,0,dev\n", "c.csv:2: split 'dev'"),
-                        ("file,label,split\ns0.nii.gz,-1,train\n", "label '-1'")):
-        table.write_text(text)
-        refused(mine, words)
-
-
-def test_a_ricord_name_names_its_patient(tmp_path):
-    who = lambda name: case_of(tmp_path, name, "0", "train", ["a", "b"], None, "x")["patient"]  # noqa: E731
-    for name in ("MIDRC-RICORD-1A-419639-000082_s2.nii.gz", "RICORD-000001.nii.gz", "other_7.nii.gz"):
-        (tmp_path / name).touch()
-    assert [who(n.name) for n in sorted(tmp_path.iterdir())] == ["RICORD-1A-419639-000082", "RICORD-000001", "other_7"]
-
-
-def test_bad_flags_are_one_line_and_exit_code_2(script, go, tmp_path):
-    data = make_npz(tmp_path / "n.npz")
-    for flags, words in ((["--volume", 16, 16, 12], "16x16x12 is not a multiple"), (["--window", 5, 5], "LOW must be below"),
-                         (["--batch", 8, "--micro", 3], "--micro 3 does not divide"), (["--seeds", 1, 1], "each once"),
-                         (["--init", data], "cannot be read as a checkpoint")):
         with pytest.raises(BadInput, match=words):
-            go("--task", "nodule", "--data", data, "--size", "nano", *flags)
-    done = script("finetune_cls.py", "--task", "nodule", "--data", tmp_path / "none.npz", code=2)
-    assert done.stderr.strip().splitlines()[-1].startswith("error:") and "Traceback" not in done.stderr
+            listing(task, data, pattern)
+
+    refused("gone.nii.gz: no such file", val="gone.nii.gz 0\n")
+    refused("s3.nii.gz: label '7'; it is an integer from 0 to 1", test="s3.nii.gz 7\n")
+    refused("needed in the val split, which has none", val="")
+    refused("1 patients are in more than one split, s0 ", test="s0.nii.gz 0\n")
+    refused("--patient 'x' does not match s0.nii.gz", pattern="x")
+    refused(r"--patient '\(': not a regular expression", pattern="(")
+    refused("1 patients are in more than one split, s among", pattern=r"(s)\d")
+    monkeypatch.setattr(cls, "CACHE", tmp_path / "cache")
+    cases, _ = cls.prepare_all(listing("ricord", tmp_path), [8, 8, 8], [1000, 1400], CPU)
+    assert len(cases) == 4 and "lie below --range 1000" in capsys.readouterr().out
+    table = tmp_path / "c.csv"
+    refused("c.csv: cannot be read .* columns file,label,split", "mine", table)
+    for text, words in (
+        ("file,label\ns0.nii.gz,0\n", "split ''; it is one of train, val, test"),
+        ("file,label,split\ns0.nii.gz,0,dev\n", "c.csv: s0.nii.gz: split 'dev'"),
+        ("file,label,split\ns0.nii.gz,-1,train\n", "label '-1'; it is an integer from 0 to 999"),
+        ("label,split\n0,train\n", "no such file"),
+    ):
+        table.write_text(text)
+        refused(words, "mine", table)
+
+
+def test_a_ricord_name_names_its_patient():
+    for name, patient in (
+        ("MIDRC-RICORD-1A-419639-000082_s2.nii.gz", "RICORD-1A-419639-000082"),
+        ("RICORD-000001.nii.gz", "RICORD-000001"),
+        ("other_7.nii.gz", "other_7"),
+    ):
+        case = cls.case_of("x", 2, None, name, "train", "0", None, "anywhere")
+        assert case["patient"] == patient
+
+
+def test_bad_flags_are_one_line_and_exit_code_2(go, tmp_path, monkeypatch, capsys):
+    data = make_npz(tmp_path / "n.npz")
+    for flags, words in (
+        (["--volume", 16, 16, 12], "16x16x12 is not a multiple"),
+        (["--range", 5, 5], "LOW must be below"),
+        (["--seeds", 1, 1], "each once"),
+        (["--seeds", 1, -1], "from 0 on"),
+        (["--steps", 0], "--steps 0: at least 1"),
+        (["--init", data], "cannot be read as a checkpoint"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            go("--task", "nodule", "--data", data, *flags)
+    monkeypatch.setattr(sys, "argv", ["finetune_cls.py", "--task", "ricord"])
+    with pytest.raises(SystemExit, match="2"):
+        cli(cls.main)
+    assert capsys.readouterr().err.startswith("error: data/ricord/train.txt: cannot be read")
