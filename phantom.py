@@ -2,12 +2,12 @@
 with AMOS's 15 organs, four-contrast brain MR with a tumour, eight kinds of lesion, nodules of two
 classes, lungs with and without opacities.
 
-    python phantom.py --out data/phantom                    # all parts: 45 s on two cores, 42 MB
+    python phantom.py --out data/phantom                    # all parts: 40 s on two cores, 37 MB
     python phantom.py --out /tmp/p --picture phantom.png    # the same, and a contact sheet of them
 
-The same seed gives the same voxels whatever the number of workers. Files that are there are kept,
-and what is missing is made. Nothing here is a patient: results on it say that the code runs, not
-that it heals.
+The same seed gives the same voxels whatever the number of workers. Files that are there are kept, a
+part that is complete is left alone. Nothing here is a patient: results on it say that the code
+runs, not that it heals.
 
 How a patient is made: all organs are ellipsoids, or tubes of balls, in a standard patient (mm; x to
 the right, y to the front, z to the head: RAS+). Every patient has them in another size at another

@@ -92,7 +92,7 @@ RECIPES = {  # what a flag that was not given stands for, and what has no flag
         "volume": 64,
         "stride": 4,
         "mix": "equal",
-        "steps": 250,
+        "steps": 230,
         "batch": 8,
         "lr": 3e-3,
         "wd": 0.05,
@@ -130,7 +130,7 @@ def parser():
     )
     add("--mix", help="published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1")
     add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, help="(published: 50 epochs; nano 250)")
+    add("--steps", type=int, help="(published: 50 epochs; nano 230)")
     add("--batch", type=int, help="sequences a step, all ranks (published 288; nano 8)")
     add("--micro", type=int, help="sequences a pass (default: up to 72 on CUDA, else 8)")
     add("--lr", type=float, help="peak learning rate (published 1e-4; nano 3e-3)")
