@@ -642,7 +642,8 @@ def draw_curves(path, rows, *panels, x="step"):
             for (name, value), style in zip(levels.get(key, {}).items(), ("--", ":")):
                 ax.axhline(value, color=f"C{i}", ls=style, lw=1, label=f"{name}, {key}")
         ax.set(xlabel=x, title=title)
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        if ax.lines:
+            ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.grid(alpha=0.3)
     fig.tight_layout()
     save_figure(fig, path)
