@@ -543,7 +543,8 @@ class Loop:
         self.stopping = self.stopping or self.agreed()
         steps = self.step - self.since
         means = (self.machine.sum(self.total) / steps).tolist()
-        seconds = time.perf_counter() - self.clock
+        seconds = torch.tensor(time.perf_counter() - self.clock, device=self.machine.device)
+        seconds = self.machine.sum(seconds).item() / self.machine.world  # one answer on all ranks
         self.asks = self.asks or seconds > steps
         row = dict(zip(losses, means))
         row |= {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}

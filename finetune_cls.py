@@ -1,6 +1,6 @@
 """Classification of whole scans: a pre-trained encoder and a linear layer, tuned on labelled cases.
 
-    python finetune_cls.py --task phantom-cls       # CPU demo, made-up nodules: 2 minutes, AUC 0.84
+    python finetune_cls.py --task phantom-cls       # CPU demo on made-up nodules, nano
     python finetune_cls.py --task nodule --init out/pretrain/ckpt.pt --seeds 0 1 2    # one GPU
     torchrun --nproc_per_node=4 finetune_cls.py --task ricord --init FILE    # four, the same run
     python finetune_cls.py --task mine --data cases.csv      # yours: file,label,split[,patient]

@@ -1,6 +1,6 @@
 """Segmentation: UNETR on the pre-trained encoder, for AMOS, the Decathlon, left atria, or your own.
 
-    python finetune_seg.py --task phantom  # CPU demo, nano: 6 minutes on two cores, Dice 0.64
+    python finetune_seg.py --task phantom  # CPU demo on made-up patients, nano
     python finetune_seg.py --task amos --data data/amos --init out/pretrain/ckpt.pt  # one GPU
     python finetune_seg.py --task amos --preset quick                      # a first result
     torchrun --nproc_per_node=4 finetune_seg.py --task amos                # four GPUs, the same run

@@ -2,7 +2,7 @@
 with AMOS's 15 organs, four-contrast brain MR with a tumour, eight kinds of lesion, nodules of two
 classes, lungs with and without opacities.
 
-    python phantom.py --out data/phantom                    # all parts: 40 s on two cores, 37 MB
+    python phantom.py --out data/phantom                    # all parts: a minute, 37 MB
     python phantom.py --out /tmp/p --picture phantom.png    # the same, and a contact sheet of them
 
 The same seed gives the same voxels whatever the number of workers. Files that are there are kept, a

@@ -1,6 +1,6 @@
 """The visual tokenizer: a codebook of 3D patches learned on a corpus (`pretrain.py --target vq`).
 
-    python tokenize_vq.py                     # CPU demo: 512 codes of 8³ of made-up patients, 3 min
+    python tokenize_vq.py                     # CPU demo: 512 codes of 8³ of made-up patients
     python tokenize_vq.py --data data/corpus --out out/vq          # one GPU: 8,192 codes of 16³
     torchrun --nproc_per_node=8 tokenize_vq.py --data data/corpus  # eight GPUs, the same batch
     python tokenize_vq.py --resume            # goes on where out/vq/ckpt.pt left off, exactly
