@@ -7,6 +7,7 @@ schedules · the loop · logs and figures
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import math
 import os
@@ -60,10 +61,8 @@ def write_beside(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise BadInput(
-            f"{path.parent}: a file is in the way of this folder; choose another --out"
-        ) from None
+    except OSError as e:
+        raise BadInput(f"{path.parent}: {e.strerror}; choose another --out") from None
     tmp = path.with_name(f".tmp.{path.name}")  # a fixed name: what a kill leaves is overwritten
     try:
         yield tmp
@@ -128,19 +127,8 @@ def parallel(fn, items, workers=None, desc=None):
 # ---- flags -----------------------------------------------------------------------------------
 
 # what --resume may change: the run stays the same
-FREE = {"resume", "data", "out", "device", "workers", "micro", "compile", "kernels"}
-FREE |= {"log_every", "val_every", "save_every", "stop_after"}
-
-
-def run_flags(p, out, seed=True):
-    """--out (by default `out`), --resume, --stop-after and --seed: the group, for more flags."""
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default=None if "TASK" in out else out, help=f"folder (default {out})")
-    g.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
-    g.add_argument("--stop-after", type=int, metavar="N", help="save and leave after N steps")
-    if seed:
-        g.add_argument("--seed", type=int, default=0)
-    return g
+FREE = "resume data out device workers micro compile kernels log_every val_every save_every"
+FREE = {*FREE.split(), "stop_after"}
 
 
 def machine_flags(p, workers=8, kernels=True, compiled=False):
@@ -160,13 +148,21 @@ def machine_flags(p, workers=8, kernels=True, compiled=False):
         g.add_argument("--compile", action=argparse.BooleanOptionalAction, help=words)
 
 
-def report_flags(p, every, save="as --val-every"):
-    """--log-every, --val-every, --save-every, in steps; every, save: the defaults in words."""
-    g = p.add_argument_group("reports")
-    g.add_argument("--log-every", type=int, default=10, help="steps (default 10)")
-    g.add_argument("--val-every", type=int, help=f"steps (default {every})")
-    g.add_argument("--save-every", type=int, help=f"steps (default {save})")
-    return g
+def training_flags(p, out, every, save="as --val-every", **machine):
+    """The groups run, machine (see `machine_flags`) and reports: what every training script has.
+
+    out: the default folder; every, save: the defaults of --val-every and --save-every in words.
+    """
+    add = p.add_argument_group("run").add_argument
+    add("--out", default=None if "TASK" in out else out, help=f"folder (default {out})")
+    add("--resume", action="store_true", help="go on with the run in --out, exactly")
+    add("--stop-after", type=int, metavar="N", help="save and leave after N steps")
+    add("--seed", type=int, default=0)
+    machine_flags(p, **machine)
+    add = p.add_argument_group("reports").add_argument
+    add("--log-every", type=int, default=10, help="steps (default 10)")
+    add("--val-every", type=int, help=f"steps (default {every})")
+    add("--save-every", type=int, help=f"steps (default {save})")
 
 
 def fill(args, recipe):
@@ -176,10 +172,15 @@ def fill(args, recipe):
             setattr(args, name, value)
 
 
-def check_least(args, **least):
-    """BadInput where an argument (None: not asked) is less than its `least`."""
-    for name, low in least.items():
-        value = getattr(args, name)
+LEAST = {"lr": 1e-12, "layer_decay": 1e-12, "workers": 0}
+COUNTS = "batch micro steps patch stride stop_after log_every val_every save_every val_samples"
+LEAST |= dict.fromkeys(COUNTS.split(), 1)
+
+
+def check_least(args, **more):
+    """BadInput where an argument that is there and not None is less than LEAST or `more` say."""
+    for name, low in (LEAST | more).items():
+        value = getattr(args, name, None)
         if value is not None and not value >= low:
             raise BadInput(f"--{name.replace('_', '-')} {value}: at least {low} is needed")
 
@@ -217,9 +218,9 @@ class Machine:
     def cuda(self):
         return self.device.type == "cuda"
 
-    def say(self, *words):
+    def say(self, words):
         if self.main:
-            tqdm.write(" ".join(map(str, words)))
+            tqdm.write(words)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -237,17 +238,19 @@ class Machine:
             dist.all_gather_object(values, value)
         return values
 
+    def share(self, fn, items, desc):
+        """fn(item) of all items, in their order: each rank does a share, in its processes."""
+        mine = items[self.rank :: self.world]
+        done = [*parallel(fn, mine, cores() // self.world, self.main and desc)]
+        shares = self.gather(done)
+        return [shares[i % self.world][i // self.world] for i in range(len(items))]
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
 
-    def wait(self):
-        """Until the device has done what it was given."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
 
-
-def setup(args, seed=None):
+def setup(args):
     """The Machine that --device and --dtype ask for; joins torchrun's group, seeds PyTorch.
 
     NCCL on CUDA, gloo on CPUs; bf16 by default where the hardware multiplies it.
@@ -256,26 +259,21 @@ def setup(args, seed=None):
         int(os.environ.get(k, d))
         for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
     )
-    seed = getattr(args, "seed", 0) if seed is None else seed
+    seed = getattr(args, "seed", 0)
     if not 0 <= seed < 2**32:
         raise BadInput(f"--seed {seed}: a number from 0 to {2**32 - 1}")
     name = args.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise BadInput(f"--device {name}: auto, cpu, cuda or cuda:N")
-    available = torch.cuda.is_available()
-    if name.startswith("cuda") and not available:
-        raise BadInput(
-            f"--device {name}: this PyTorch ({torch.__version__}) sees no CUDA device; "
-            "use --device cpu"
-        )
+    count = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if available else "cpu"
+        name = "cuda" if count else "cpu"
     device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
+        if device.index >= count:
             raise BadInput(
-                f"{device}: there are {torch.cuda.device_count()} CUDA devices; lower "
-                "--nproc_per_node, or name another --device"
+                f"--device {device}: this PyTorch ({torch.__version__}) sees {count} CUDA devices; "
+                "use --device cpu, or lower --nproc_per_node"
             )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -309,8 +307,10 @@ def multiplies_bf16(device):
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def distribute(net, machine):
-    """`net` for several ranks, their gradients averaged (buffers agree by themselves)."""
+def distribute(net, args, machine):
+    """`net` for --compile and several ranks, their gradients averaged (buffers agree anyway)."""
+    if args.compile:
+        net.compile()
     if machine.world == 1:
         return net
     ids = [machine.device.index] if machine.cuda else None
@@ -381,6 +381,14 @@ def resumed(parser, args, out, format):
     return argparse.Namespace(**{**vars(args), **saved, **changed, "out": str(out)}), state
 
 
+def restored(state, optimiser, best):
+    """Step and best score to begin with: of the run to resume, whose optimiser it sets, or 0."""
+    if state is None:
+        return 0, best
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"], state["best"]
+
+
 def open_run(out, args, machine, state=None):
     """Make the folder of a run ready and return its Log (of which only rank 0's writes).
 
@@ -388,28 +396,18 @@ def open_run(out, args, machine, state=None):
     moved to out/earlier-N.
     """
     out = Path(out)
-    if state is None and args.resume:
-        machine.say(f"no checkpoint in {out}: starting at step 0")
-    if machine.main:
-        if state is None:
-            keep_earlier_run(out, machine.say)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "args.json", vars(args))
-    return Log(out / "log.jsonl" if machine.main else None, state and state["step"])
-
-
-def keep_earlier_run(out, say=print):
-    """Move the files of an earlier run in folder `out` to out/earlier-N: nothing is overwritten."""
-    if not (out / "ckpt.pt").exists():
-        return
-    n = 1
-    while (out / f"earlier-{n}").exists():
-        n += 1
-    (out / f"earlier-{n}").mkdir()
-    for f in sorted(out.iterdir()):
-        if f.is_file():
+    if not machine.main:
+        return Log(None)
+    if state is None and (out / "ckpt.pt").exists():
+        n = next(n for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
+        (out / f"earlier-{n}").mkdir()
+        for f in filter(Path.is_file, [*out.iterdir()]):
             os.replace(f, out / f"earlier-{n}" / f.name)
-    say(f"{out} held an earlier run: it is now in {out / f'earlier-{n}'} (--resume goes on)")
+        machine.say(f"{out} held an earlier run, which is now in earlier-{n} (--resume goes on)")
+    elif state is None and args.resume:
+        machine.say(f"no checkpoint in {out}: starting at step 0")
+    write_json(out / "args.json", vars(args))
+    return Log(out / "log.jsonl", state and state["step"])
 
 
 # ---- batches and schedules -------------------------------------------------------------------
@@ -427,18 +425,15 @@ def micro_batches(first_step, args, machine):
         start += args.micro * machine.world
 
 
-def batches(dataset, numbers, machine, workers, **more):
-    """The samples of `dataset` that `numbers` lists, a batch a list, from `workers` processes."""
-    pin, ahead = machine.cuda, 2 if workers else None
-    loader = DataLoader(
-        dataset,
-        batch_sampler=numbers,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=ahead,
-        **more,
-    )
-    return iter(loader)
+def batches(dataset, numbers, args, machine):
+    """The samples of `dataset` that `numbers` lists, a batch a list, from --workers processes."""
+    how = {"num_workers": args.workers, "pin_memory": machine.cuda}
+    return iter(DataLoader(dataset, batch_sampler=numbers, **how))
+
+
+def training_batches(dataset, first_step, args, machine):
+    """What this rank trains on from a step on, a pass a batch."""
+    return batches(dataset, micro_batches(first_step, args, machine), args, machine)
 
 
 def to_device(batch, device):
@@ -496,7 +491,8 @@ class Loop:
         self.args, self.machine, self.log, self.per_second = args, machine, log, per_second
         self.step, self.steps = first, steps
         self.last = min(steps, first + args.stop_after) if args.stop_after else steps
-        self.asked = self.stopping = self.enough = False
+        self.asked = self.stopping = False
+        self.enough = False  # True: the step under way, or the last one, ends the run
         # asking other ranks whether to stop costs a GPU its queue: there only when a row is logged
         self.asks = machine.world == 1 or not machine.cuda
         bar = {"total": steps, "initial": first, "desc": desc, "disable": not machine.main}
@@ -571,10 +567,6 @@ class Loop:
     def finished(self):
         return self.step >= self.steps or self.enough
 
-    def end(self):
-        """Enough: this step was the last of the run."""
-        self.enough = True
-
 
 # ---- logs and figures ------------------------------------------------------------------------
 
@@ -613,20 +605,15 @@ def read_log(path):
 
 def figure_of(size, rows=1, columns=1):
     """Figure of `size` inches and its axes [rows, columns]."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, squeeze=False)
+    fig = Figure(size)
+    return fig, fig.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(fig, path):
-    import matplotlib.pyplot as plt
-
     with write_beside(path) as tmp:
         fig.savefig(tmp, dpi=100, bbox_inches="tight")
-    plt.close(fig)
 
 
 def draw_curves(path, rows, *panels, x="step"):
@@ -645,6 +632,5 @@ def draw_curves(path, rows, *panels, x="step"):
         ax.set(xlabel=x, title=title)
         if ax.lines:
             ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        ax.grid(alpha=0.3)
     fig.tight_layout()
     save_figure(fig, path)

@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import binary_erosion, find_objects
 from scipy.spatial import cKDTree
-from scipy.stats import wilcoxon
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -79,7 +78,6 @@ from finetune_cls import (
     resampled,
     score_split,
     scores_of,
-    task_of,
     text_of,
 )
 from finetune_seg import (
@@ -155,7 +153,7 @@ FLAGS = {  # of each command: name, and number of values; default, or type; help
         *SLIDING,
     ),
     "cls": (
-        (*TASK, (*finetune_cls.TASKS, "phantom-cls")),
+        (*TASK, finetune_cls.TASKS),
         DATA,
         ("--lists 3", str, "as for finetune_cls.py (default: the checkpoint's)"),
         ("--patient", str, "as for finetune_cls.py (default: the checkpoint's)"),
@@ -183,7 +181,6 @@ FLAGS = {  # of each command: name, and number of values; default, or type; help
         ("--roi 3", int, "voxels encoded at once (default: the volume of pre-training)"),
         ("--cases 2", [40, 20], "labelled cases to fit and to score, at most"),
         ("--corpus", str, "with lesions (default data/corpus; without one, the phantom's)"),
-        ("--flavour", "nodule", "of phantom-cls", tuple(finetune_cls.FLAVOURS)),
         ("--cls-data", str, "of a task with classes: as --data of finetune_cls.py"),
     ),
     "pretrain": (
@@ -522,8 +519,8 @@ def cls(args, out):
     run, known, wanted = state["args"], state["classes"], ("val", args.split)
     if args.task in (None, run["task"]):
         fill(args, run)
-    args.data = data_of(args.task, run["flavour"], args.data, machine)
-    task = task_of(args.task, run["flavour"])
+    args.data = data_of(args.task, args.data, machine)
+    task = finetune_cls.TASKS[args.task]
     cases, classes = list_cases(task, args.data, args.lists, args.patient, machine)
     if len(classes) != len(known):
         raise BadInput(f"{args.data}: {len(classes)} classes, and {args.ckpt} knows {known}")
@@ -559,7 +556,7 @@ def probe(args, out):
     for task in args.tasks:
         if task == "lesions":
             target = lesions(args.corpus, edge, edge // c.images, machine)
-        elif task in (*finetune_cls.TASKS, "phantom-cls"):
+        elif task in finetune_cls.TASKS:
             target = whole_scans(task, args, c.patch, machine)
         else:
             target = organs(task, args, c.patch, machine)
@@ -653,8 +650,8 @@ def lesions(corpus, edge, depth, machine):
 
 def whole_scans(name, args, patch, machine):
     """Classes and (volume, class, part) of a classification task; l2 is chosen on its val split."""
-    task, parts = task_of(name, args.flavour), {"train": FIT, "val": HELD, "test": TEST}
-    data = data_of(name, args.flavour, args.cls_data, machine)
+    task, parts = finetune_cls.TASKS[name], {"train": FIT, "val": HELD, "test": TEST}
+    data = data_of(name, args.cls_data, machine)
     cases, classes = list_cases(task, data, None, None, machine)
     shape = task["nano" if patch < 16 else "volume"]
     cases, _ = finetune_cls.prepare_all(cases, shape, task["range"], machine)
@@ -763,8 +760,7 @@ def class_scores(labels, probs):
 
 # ---- next patch ------------------------------------------------------------------------------
 
-EIGHTHS = (0, 1, 2, 4, 6, 7)  # prefixes, in eighths of the sequence
-SHOWN = (0, 2, 4, 6)  # those that are completed
+QUARTERS = range(4)  # of the sequence, that a prefix has
 CURVES = ("loss", "patch_mean", "earlier_patch")  # errors by position
 
 
@@ -785,16 +781,15 @@ def pretrain(args, out):
         batches.append(to_device(b, machine.device))
     machine.say(f"{args.data}: {args.samples} sequences of each kind, {G} patches")
     rows, curves, strips = [], {}, defaultdict(dict)
-    for e in tqdm(EIGHTHS, desc="next patch", leave=False):
-        p, errors = G * e // 8, []
+    for e in tqdm(QUARTERS, desc="next patch", leave=False):
+        p, errors = G * e // 4, []
         for b in batches:
             b["prefix"] = torch.full_like(b["kind"], p)
             with machine.autocast():
                 losses, _ = model(b["volume"], b["prefix"], b["ranges"], per_patch=True)
             errors.append(losses.double().cpu())
         errors, rivals = torch.cat(errors).numpy(), trivial_errors(model, batches, G, machine)
-        shown = args.completions and e in SHOWN
-        completed = completions(model, batches[0], p) if shown else {}
+        completed = completions(model, batches[0], p) if args.completions else {}
         for i, k in enumerate(data.kinds):
             mine, rival = errors[i::n, p:], rivals[k]  # [N, G − p]
             curves[k, p] = np.stack([mine.mean(0), rival["mean"][p:], rival["copy"][p:]])
@@ -806,12 +801,11 @@ def pretrain(args, out):
             rows.append(row | {"distance": rival["distance"]})
     lines = [[*at, j, *v] for at, c in curves.items() for j, v in enumerate(c.T, at[1])]
     write_table(out / "positions.csv", ["kind", "prefix", "position", *CURVES], lines)
-    points, panels = [{"position": j} for j in range(G)], []
+    points, panels = [], []
     for k in data.kinds:
-        panels.append((k, [f"{k}, prefix {G * e // 8}" for e in EIGHTHS], {}))
-    for (k, p), curve in curves.items():
-        for point, loss in zip(points[p:], curve[0]):
-            point[f"{k}, prefix {p}"] = loss
+        names = [f"{k}, {name}" for name in CURVES]
+        points += [{"position": j, **dict(zip(names, v))} for j, v in enumerate(curves[k, 0].T)]
+        panels.append((f"{k}, no prefix", names, {}))
     draw_curves(out / "positions.png", points, *panels, x="position")
     if strips:
         draw_strips(out / "completions.png", strips, data.depth)
@@ -840,12 +834,11 @@ def completions(model, b, p):
 
 CELL = ("task", "labels", "metric", "initialisation")
 ASIDE = FREE - {"data"} | {"seed"}  # settings in which runs of a cell may differ
-PAPER = {}  # {a CELL: the paper's mean}; nobody has read its cells here; never filled by guess
 NOTE = """
 Dice: mean over classes of validation cases, with the weights of a run's last step. AUC: of the test
-split. sd: of the runs' values (n - 1). p: two-sided, not corrected for the number of tests. Over
-cases or patients it says whether the difference would hold for others of them, with these trained
-networks; only more seeds say whether it would hold for another training.
+split. sd: of the runs' values (n - 1). low, high: 95 % interval of B - A, A being the row's
+initialisation, by a bootstrap over the seeds that both have and over the cases (AUC: the patients)
+together; of a single seed, over cases alone.
 """
 
 
@@ -861,7 +854,7 @@ def table(args, out):
     for cell, of in cells.items():
         row = dict(zip(CELL, cell))
         values, seeds, sets = ([r[k] for r in of] for k in ("value", "seed", "settings"))
-        rows.append({**row, **spread(values), "paper": PAPER.get(cell), "seeds": seeds})
+        rows.append({**row, **spread(values), "seeds": seeds})
         differ = sorted(set.union(*sets) - set.intersection(*sets))
         if differ:
             notes.append(f"runs of {', '.join(map(str, cell))} differ: {', '.join(differ)}")
@@ -869,8 +862,8 @@ def table(args, out):
             classes.append({**row, "class": name, **spread([r["dice"].get(name) for r in of])})
     for a, b in combinations(cells, 2):
         if a[:3] == b[:3]:
-            test = paired_test(cells[a], cells[b], args.seed)
-            tests.append({**dict(zip(CELL, a)), "B": b[3], **test})
+            pair = paired(cells[a], cells[b], args.seed)
+            tests.append({**dict(zip(CELL, a)), "B": b[3], **pair})
     draw_boxes(out / "table.png", runs, "{task}", "{name}", ["value"])
     tables = [text_table(t) for t in (rows, tests, classes) if t]
     with write_beside(out / "table.md") as tmp:
@@ -889,8 +882,8 @@ def spread(values):
 def find_runs(folders):
     """The finished fine-tuning runs in `folders` and below, and notes on what is not one.
 
-    A run is a folder with an args.json that names a task. What is in seed-N folders counts there,
-    not in the summary above them; earlier-N folders are runs that a later one replaced.
+    A run is a folder with an args.json that names a task; earlier-N folders are runs that a later
+    one replaced.
     """
     files, runs, notes = {}, [], []
     for folder in map(Path, folders):
@@ -898,7 +891,7 @@ def find_runs(folders):
             raise BadInput(f"{folder}: no such folder")
         files |= {f.resolve(): f.parent for f in sorted(folder.rglob("args.json"))}
     for file, folder in files.items():
-        if folder.name.startswith("earlier-") or [*folder.glob("seed-*/args.json")]:
+        if folder.name.startswith("earlier-"):
             continue
         try:
             args = read_json(file, "the arguments of a run")
@@ -910,9 +903,9 @@ def find_runs(folders):
 
 
 def read_run(folder, args):
-    """A run: cell, seed, value, settings, Dice of each class; and what tests pair by.
+    """A run: cell, seed, value, settings, Dice of each class, cases and their scores.
 
-    That is cases, ids or (file, patient, label), and their scores: mean Dice, or probabilities.
+    Cases are ids, or (file, patient, label); scores Dice [N, K], or probabilities [N, K].
     """
     m = read_json(folder / "metrics.json", "the metrics of a run")
     try:
@@ -920,12 +913,10 @@ def read_run(folder, args):
         init += ", frozen" * args["freeze"]
         if "mean_dice" in m:
             metric, value, dice, seed = "Dice", m["mean_dice"], m["dice"], args["seed"]
-            scores = class_means(np.array([*m["cases"].values()], float).T)
-            cases = m["cases"]  # their ids are what is used
+            cases, scores = [*m["cases"]], np.array([*m["cases"].values()], float)
         else:
             metric, value, dice, seed = "AUC", m["test"]["auc"]["value"], {}, m["seed"]
             cases, scores = read_scores(folder / "scores.csv")
-            task += f" ({args['flavour']})" * (task == "phantom-cls")
         run = {"seed": seed, "value": float(value), "dice": dice, "cases": cases, "scores": scores}
         run |= {"task": f"{task}, {metric}", "name": f"{init}, {labels:g}"}
         settings = {f"{k} {v}" for k, v in args.items() if k not in ASIDE}
@@ -943,39 +934,33 @@ def read_scores(path):
     return [(r["file"], r["patient"], int(r["label"])) for r in rows], np.array(probs)
 
 
-def paired_test(a_runs, b_runs, seed):
-    """B − A of two initialisations at one task and label share, over the seeds that both have.
+def value_of(run, at):
+    """A run's mean Dice or AUC over the rows `at` of its cases; NaN: undefined."""
+    if run["dice"]:
+        return np.nanmean(class_means(run["scores"][at]))
+    labels = np.array([label for _, _, label in run["cases"]])
+    return np.array(macro_auc(labels[at], run["scores"][at]), float)
 
-    Segmentation: Wilcoxon's signed-rank test over cases, each a mean over the runs. Classification:
-    bootstrap over test patients of the difference of the AUC's means over the runs, p = 2 · the
-    smaller tail.
+
+def paired(a_runs, b_runs, seed):
+    """B − A, the runs of two initialisations, over the seeds that both have, and its interval.
+
+    Both the pairs of runs and the cases (AUC: the patients) are drawn with replacement.
     """
-    seeds = {r["seed"] for r in a_runs} & {r["seed"] for r in b_runs}
-    pair = [[r for r in runs if r["seed"] in seeds] for runs in (a_runs, b_runs)]
-    cases = {(*r["cases"],) for runs in pair for r in runs}
+    pairs = [(a, b) for a in a_runs for b in b_runs if a["seed"] == b["seed"]]
+    cases = {(*r["cases"],) for pair in pairs for r in pair}
     if len(cases) != 1 or () in cases:
-        return {"test": "no seed or no cases in common"}
+        return {"n": "no seed or no cases in common"}
+    groups = [case if isinstance(case, str) else case[1] for case in cases.pop()]
 
-    def difference(of, *more):  # of their means over the runs
-        a, b = (np.mean(np.array([of(r, *more) for r in runs], float), 0) for runs in pair)
-        return b - a
+    def difference(at, of):
+        return np.mean([value_of(pairs[i][1], at) - value_of(pairs[i][0], at) for i in of])
 
-    def area(r, at):
-        return macro_auc(labels[at], r["scores"][at])
-
-    row = {"B - initialisation": difference(dict.get, "value"), "seeds": sorted(seeds)}
-    if pair[0][0]["dice"]:
-        d = difference(dict.get, "scores")
-        d = d[~np.isnan(d)]
-        p = float(wilcoxon(d).pvalue) if d.any() else None
-        return {**row, "p": p, "test": "Wilcoxon, cases", "n": len(d)}
-    _, patients, labels = map(np.array, zip(*cases.pop()))
-    drawn = np.array([difference(area, at) for at in resampled(patients, DRAWS, seed)])
-    low, high = interval(drawn)
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    p = None if low is None else min(1, 2 * (tail + 1) / (np.isfinite(drawn).sum() + 1))
-    row |= {"low": low, "high": high, "p": p, "test": "bootstrap, patients"}
-    return {**row, "n": len({*patients})}
+    picks = resampled(groups, DRAWS, seed), resampled(range(len(pairs)), DRAWS, seed + 1)
+    low, high = interval([*map(difference, *picks)])
+    mean = difference(np.arange(len(groups)), range(len(pairs)))
+    seeds = sorted({a["seed"] for a, _ in pairs})
+    return {"B - A": mean, "low": low, "high": high, "seeds": seeds, "n": len({*groups})}
 
 
 if __name__ == "__main__":

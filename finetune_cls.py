@@ -1,15 +1,15 @@
 """Classification of whole scans: a pre-trained encoder and a linear layer, tuned on labelled cases.
 
     python finetune_cls.py --task phantom-cls       # CPU demo on made-up nodules, nano
-    python finetune_cls.py --task nodule --init out/pretrain/ckpt.pt --seeds 0 1 2    # one GPU
+    python finetune_cls.py --task nodule --init out/pretrain/ckpt.pt   # one GPU
     torchrun --nproc_per_node=4 finetune_cls.py --task ricord --init FILE    # four, the same run
     python finetune_cls.py --task mine --data cases.csv      # yours: file,label,split[,patient]
     python finetune_cls.py --resume --out out/cls-nodule     # goes on with a run, exactly
 
 Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (best validation AUC),
-metrics.json, scores.csv (each case), roc.png, confusion.png, cases.png, curves.png, skipped.csv;
-with several seeds, a folder seed-N each and the mean in metrics.json. The test set is scored once,
-at the end, with best.pt. Every random choice is a function of (seed, number of the sample).
+metrics.json, scores.csv (each case), roc.png, confusion.png, cases.png, curves.png, skipped.csv.
+The test set is scored once, at the end, with best.pt. Every random choice is a function of (seed,
+number of the sample); `eval.py table` gives the mean ± sd of the runs of several seeds.
 
 Sections: arguments · training · tasks and their lists · arrays, read once · the classifier ·
 scores · logistic regression · reports · pictures
@@ -18,7 +18,6 @@ B batch, X Y Z voxels, G patches, C width, K classes, N cases.
 """
 
 import csv
-import os
 import re
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -26,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import nibabel as nib
 import numpy as np
@@ -37,33 +36,28 @@ from scipy.stats import rankdata
 from torch import nn
 
 from common import (
-    FREE,
     BadInput,
     Loop,
-    batches,
     check_least,
     cli,
-    cores,
     cosine_lr,
     distribute,
     draw_curves,
     figure_of,
     fill,
     load_checkpoint,
-    machine_flags,
-    micro_batches,
     open_run,
     optimiser_step,
-    parallel,
     read_log,
-    report_flags,
+    restored,
     resumed,
-    run_flags,
     save_checkpoint,
     save_figure,
     setup,
     split_batch,
     to_device,
+    training_batches,
+    training_flags,
     write_beside,
     write_json,
     write_table,
@@ -78,8 +72,8 @@ from model import (
     layer_decay_groups,
     new_encoder,
 )
-from phantom import write_phantom
-from serialize import digest, label_subset, patient_of, read_scan, stamp_of, stem_of
+from phantom import draw_planes, write_phantom
+from serialize import digest, label_subset, normalise, patient_of, read_scan, stamp_of, stem_of
 
 # ---- arguments -------------------------------------------------------------------------------
 
@@ -118,16 +112,12 @@ USUAL = {  # what a recipe does not say
     "flip": 0.5,  # probability, along each axis
     "class_weights": True,  # cross-entropy by inverse class frequency
 }
-FREE.add("seeds")  # a run that goes on may have more of them
 
 
 def parser():
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = run_flags(p, "out/cls-TASK", seed=False).add_argument
-    add("--seeds", type=int, nargs="+", default=[0], help="a run each, then mean ± sd (default 0)")
     add = p.add_argument_group("data").add_argument
-    add("--task", choices=[*TASKS, "phantom-cls"], default="phantom-cls", help="default: made up")
-    add("--flavour", choices=[*FLAVOURS], default="nodule", help="of phantom-cls (default nodule)")
+    add("--task", choices=TASKS, default="phantom-cls", help="(default phantom-cls, made up)")
     add(
         "--data",
         help="""nodule: nodulemnist3d.npz or its folder (28³ before 64³); ricord: the folder that
@@ -153,8 +143,7 @@ def parser():
     add("--micro", type=int, help="cases a pass on a device (default: up to 16)")
     add("--lr", type=float, help="(published: nodule 1.5e-5, ricord 5e-5, scratch 1e-5; nano 1e-3)")
     add("--layer-decay", type=float, help="of lr, a layer down (published: nodule 1, ricord 0.75)")
-    machine_flags(p)
-    report_flags(p, "an epoch", "five epochs")
+    training_flags(p, "out/cls-TASK", "an epoch", "five epochs")
     return p
 
 
@@ -166,7 +155,7 @@ def settle(args, machine):
     if args.init == "scratch":
         args.init = f"scratch:{'base' if machine.cuda else 'nano'}"
     config = new_encoder(args.init, None, machine).config
-    task = task_of(args.task, args.flavour)
+    task = TASKS[args.task]
     recipe, volume = task["recipe"], task["volume"]
     if config.width == SIZES["nano"]["width"]:
         recipe, volume = "nano", task["nano"]
@@ -176,10 +165,7 @@ def settle(args, machine):
         fill(args, {"lr": 1e-5, "wd": 1e-4})  # published: what differs without pre-training
     given = {"volume": volume, "range": task["range"], "workers": 8 if machine.cuda else 0}
     fill(args, USUAL | RECIPES[recipe] | given)
-    check_least(args, lr=1e-12, layer_decay=1e-12, workers=0, batch=1, micro=1, steps=1)
-    check_least(args, stop_after=1, log_every=1, val_every=1, save_every=1)
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise BadInput(f"--seeds {' '.join(map(str, args.seeds))}: each once, from 0 on")
+    check_least(args)
     low, high = args.range or (0, 1)
     if low >= high:
         raise BadInput(f"--range {low:g} {high:g}: LOW must be below HIGH")
@@ -208,41 +194,47 @@ def train_step(net, samples, weights, args, machine):
     return total
 
 
-def run(args, seed, out, parts, classes, machine):
-    """Train with one seed, choose the weights by validation AUC, score the test set with them.
-
-    Returns the metrics, or None if it was asked to stop.
-    """
-    _, state = resumed(parser(), args, out, CLASSIFIER)
+def main():
+    p = parser()
+    args = p.parse_args()
+    fill(args, {"out": f"out/cls-{args.task}"})
+    args, state = resumed(p, args, args.out, CLASSIFIER)
+    out = Path(args.out)
+    machine = setup(args)
+    task = settle(args, machine)
 
     # data
-    train = parts["train"]
-    chosen = label_subset(column(train, "patient"), args.labels, seed, column(train, "label"))
+    args.data = data_of(args.task, args.data, machine)
+    machine.barrier()
+    cases, classes = list_cases(task, args.data, args.lists, args.patient, machine)
+    cases, skipped = prepare_all(cases, args.volume, args.range, machine)
+    train, val, test = ([c for c in cases if c["split"] == s] for s in SPLITS)
+    K, patients, labels = len(classes), column(train, "patient"), column(train, "label")
+    chosen = label_subset(patients, args.labels, args.seed, labels)
     train = [c for c in train if c["patient"] in chosen]
-    parts = parts | {"train": train}
-    K = len(classes)
     counts = np.bincount(column(train, "label"), minlength=K)
-    machine.say(f"seed {seed}: {len(train)} training cases, {counts} of {', '.join(classes)}")
+    machine.say(f"{len(train)} training cases, {counts} of {', '.join(classes)}")
     weights = (len(train) / (K * counts)) ** args.class_weights  # False: all 1
     weights = torch.from_numpy(weights).float().to(machine.device)
+    epoch = len(train) / args.batch  # steps
+    steps = {"steps": ceil(args.epochs * epoch), "val_every": ceil(epoch)}
+    fill(args, steps | {"save_every": ceil(5 * epoch)})
 
-    # the model
-    torch.manual_seed(seed)
+    # model, optimiser
+    torch.manual_seed(args.seed)
     encoder = new_encoder(args.init, None, machine).requires_grad_(not args.freeze)
     encoder.head.requires_grad_(False)  # predicts patches, is not used here
     choose_kernels(encoder, args, machine)
     model = Classifier(encoder, K, args.pool).to(machine.device)
-    if args.compile:
-        model.compile()
-    net = distribute(model, machine)
+    net = distribute(model, args, machine)
     groups = layer_decay_groups(model, args.lr, args.wd, args.layer_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)
-    first, best = 0, [-1.0, -float("inf"), 0]  # AUC, −loss, step
     if state:
         fit(model, state["model"], out / "ckpt.pt")
-        optimiser.load_state_dict(state["optimiser"])
-        first, best = state["step"], state["best"]
+    first, best = restored(state, optimiser, [-1.0, -float("inf"), 0])  # AUC, −loss, step
     log = open_run(out, args, machine, state)
+    if machine.main:
+        write_table(out / "skipped.csv", ["file", "split", "reason"], skipped)
 
     def save(name, **more):
         if machine.main:
@@ -250,13 +242,11 @@ def run(args, seed, out, parts, classes, machine):
             more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
             save_checkpoint(out / name, **more)
 
-    # the loop
-    numbers = micro_batches(first, args, machine)
-    samples = batches(Stream(train, seed, args.flip), numbers, machine, args.workers)
-    loop = Loop(args, machine, log, first, args.steps, f"seed {seed}", samples_per_s=args.batch)
+    # loop
+    samples = training_batches(Stream(train, args.seed, args.flip), first, args, machine)
+    loop = Loop(args, machine, log, first, args.steps, "training", samples_per_s=args.batch)
     enough = args.patience * args.val_every or args.steps  # steps without a better AUC
-    if first - best[2] >= enough:
-        loop.end()
+    loop.enough = first - best[2] >= enough
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         if args.schedule == "poly":  # RICORD's
@@ -266,16 +256,15 @@ def run(args, seed, out, parts, classes, machine):
         loop.took(loss, lr=lr, grad_norm=norm)
         with loop.paused():
             if loop.due(args.val_every):
-                reached = validate(model, parts["val"], log, loop.step, machine)
+                reached = validate(model, val, log, loop.step, machine)
                 if reached[:2] > best[:2]:  # of equal AUCs the lower loss
                     best = reached
                     save("best.pt")
-                if loop.step - best[2] >= enough:
-                    loop.end()
+                loop.enough = loop.step - best[2] >= enough
             if loop.saves:
                 save("ckpt.pt", best=best, optimiser=optimiser.state_dict())
     if not loop.finished:
-        return None
+        return
 
     # the one look at the test set
     machine.barrier()
@@ -284,47 +273,14 @@ def run(args, seed, out, parts, classes, machine):
         levels = {"val_auc": {f"of the weights chosen, step {best[2]}": best[0]}}
         panels = ("cross-entropy", ["loss", "val_loss"], {}), ("AUC", ["val_auc"], levels)
         draw_curves(out / "curves.png", read_log(log.path), *panels)
-    baseline = shortcut(train, parts["test"], K, seed)
+    baseline = shortcut(train, test, K, args.seed)
     machine.say(
         f"shortcut baseline: AUC {text_of(baseline)} by logistic regression on "
         f"{baseline['features']} statistics of header and histogram, which see no anatomy"
     )
     facts = {"task": args.task, "init": args.init, "step": best[2], "shortcut": baseline}
-    return score_split(model, parts, "test", classes, out, machine, seed, **facts)
-
-
-def main():
-    args = parser().parse_args()
-    name = f"{args.flavour}-phantom" if args.task == "phantom-cls" else args.task
-    out = Path(args.out or f"out/cls-{name}")
-    earlier = [*out.glob("ckpt.pt"), *out.glob("seed-*/ckpt.pt")]
-    latest = max(earlier, key=os.path.getmtime, default=out / "ckpt.pt")
-    args, _ = resumed(parser(), args, latest.parent, CLASSIFIER)
-    args.out = str(out)
-    machine = setup(args, args.seeds[0])
-    task = settle(args, machine)
-
-    # the cases
-    args.data = data_of(args.task, args.flavour, args.data, machine)
-    machine.barrier()
-    cases, classes = list_cases(task, args.data, args.lists, args.patient, machine)
-    cases, skipped = prepare_all(cases, args.volume, args.range, machine)
-    parts = {s: [c for c in cases if c["split"] == s] for s in SPLITS}
-    epoch = args.labels * len(parts["train"]) / args.batch  # steps
-    steps = {"steps": ceil(args.epochs * epoch), "val_every": ceil(epoch)}
-    fill(args, steps | {"save_every": ceil(5 * epoch)})
-
-    # a run a seed
-    runs = []
-    for seed in args.seeds:
-        folder = out if len(args.seeds) == 1 else out / f"seed-{seed}"
-        runs.append(run(args, seed, folder, parts, classes, machine))
-        if machine.main and skipped:
-            write_table(folder / "skipped.csv", ["file", "split", "reason"], skipped)
-        if runs[-1] is None:
-            return
-    if len(runs) > 1:
-        summarise(runs, args, machine)
+    parts = {"train": train, "val": val, "test": test}
+    score_split(model, parts, "test", classes, out, machine, args.seed, **facts)
 
 
 def validate(model, cases, log, step, machine):
@@ -340,21 +296,18 @@ def validate(model, cases, log, step, machine):
 # ---- tasks and their lists -------------------------------------------------------------------
 
 
-def task_of(name, flavour):
-    return FLAVOURS[flavour] if name == "phantom-cls" else TASKS[name]
-
-
-def data_of(name, flavour, data, machine):
+def data_of(name, data, machine):
     """Folder or file of a task's data: `data`, else its default.
 
     Rank 0 makes the phantom's if it is not there; the others must wait for it (a barrier).
     """
-    if data or name != "phantom-cls":
+    part = PHANTOMS.get(name)
+    if data or not part:
         return data or ("data/mine.csv" if name == "mine" else f"data/{name}")
-    machine.say(f"made-up patients: data/phantom/{flavour}, made where they are not there")
+    machine.say(f"made-up patients: data/phantom/{part}, made where they are not there")
     if machine.main:
-        write_phantom("data/phantom", (flavour,))
-    return f"data/phantom/{flavour}"
+        write_phantom("data/phantom", (part,))
+    return f"data/phantom/{part}"
 
 
 def list_cases(task, data, lists, pattern, machine):
@@ -462,34 +415,33 @@ def column(cases, key):
 # A task: who reads its list, its classes (None: as many as there are labels), the size of the input
 # (and with a nano encoder), the intensities that become 0 and 1 (None: a scan's own 1st and 99.9th
 # percentiles), and whose recipe it follows.
-TASKS = {
-    "nodule": {
-        "listed": listed_in_npz,
-        "classes": ["benign", "malignant"],
-        "volume": [128] * 3,
-        "nano": [32] * 3,
-        "range": [0, 255],
-        "recipe": "nodule",
-    },
-    "ricord": {
-        "listed": listed_in_lists,
-        "classes": ["no COVID", "COVID"],
-        "volume": [128, 128, 64],
-        "nano": [64, 64, 32],
-        "range": [0, 1400],
-        "recipe": "ricord",
-    },
-    "mine": {
-        "listed": listed_in_csv,
-        "classes": None,
-        "volume": [128] * 3,
-        "nano": [64] * 3,
-        "range": None,
-        "recipe": "ricord",
-    },
+FIELDS = ("listed", "classes", "volume", "nano", "range", "recipe")
+ROWS = {
+    "nodule": (
+        listed_in_npz,
+        ["benign", "malignant"],
+        [128] * 3,
+        [32] * 3,
+        [0, 255],
+        "nodule",
+    ),
+    "ricord": (
+        listed_in_lists,
+        ["no COVID", "COVID"],
+        [128, 128, 64],
+        [64, 64, 32],
+        [0, 1400],
+        "ricord",
+    ),
+    "mine": (listed_in_csv, None, [128] * 3, [64] * 3, None, "ricord"),
 }
+TASKS = {name: dict(zip(FIELDS, row)) for name, row in ROWS.items()}
 # the phantom's scans are in HU: the published range, which is as wide, would make all of the lung 0
-FLAVOURS = {"nodule": TASKS["nodule"], "ricord": TASKS["ricord"] | {"range": [-1000, 400]}}
+TASKS |= {
+    "phantom-covid": TASKS["ricord"] | {"range": [-1000, 400]},
+    "phantom-cls": TASKS["nodule"],
+}
+PHANTOMS = {"phantom-cls": "nodule", "phantom-covid": "ricord"}  # the parts of phantom.py
 SPLITS = ("train", "val", "test")
 
 
@@ -502,9 +454,7 @@ def prepare_all(cases, shape, intensity_range, machine):
     Returns the cases that can be used, without their source, and rows [file, split, reason].
     """
     job = partial(prepare_whole, shape=tuple(shape), intensity_range=intensity_range)
-    n, share = machine.world, cases[machine.rank :: machine.world]
-    shares = machine.gather([*parallel(job, share, cores() // n, machine.main and "reading")])
-    ready = [shares[i % n][i // n] for i in range(len(cases))]
+    ready = machine.share(job, cases, "reading")
     usable = [c for c in ready if "reason" not in c]
     skipped = [[c["file"], c["split"], c["reason"]] for c in ready if "reason" in c]
     if skipped:
@@ -536,10 +486,9 @@ def prepare_whole(case, shape, intensity_range):
     try:
         if not path.exists():
             values, *affines = (source, np.eye(4), np.eye(4)) if listed else read_scan(source)
-            if values.ndim != 3 or not np.isfinite(values).all():
-                raise BadInput(f"{values.ndim}D, or with NaN; one finite 3D volume is needed")
-            low, high = intensity_range or np.percentile(values, [1, 99.9])
-            unit = np.clip((values.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
+            if values.ndim != 3:
+                raise BadInput(f"{values.ndim}D, and one volume is needed")
+            unit = normalise(values, intensity_range or "percentiles")
             volume = resize_whole(unit, shape).astype(np.float16)
             with write_beside(path) as tmp:
                 np.savez(tmp, volume=volume, statistics=statistics(values, *affines))
@@ -624,7 +573,7 @@ class Classifier(nn.Module):
 def load_classifier(path):
     """The classifier in `path` (best.pt or ckpt.pt), on the CPU, and the checkpoint itself.
 
-    Of its keys, scoring needs classes, step and args (task, flavour, data, lists, patient, volume,
+    Of its keys, scoring needs classes, step and args (task, data, lists, patient, volume,
     range).
     """
     state = load_checkpoint(path, CLASSIFIER)
@@ -858,20 +807,6 @@ def score_split(net, parts, split, classes, out, machine, seed=0, **facts):
     return metrics
 
 
-def summarise(runs, args, machine):
-    """Mean ± sample sd over the seeds, printed and written."""
-    spread = {}
-    machine.say(f"{len(runs)} seeds, test, mean ± sd")
-    for name in runs[0]["test"]:
-        values = [m["test"][name]["value"] for m in runs]
-        if None not in values:
-            spread[name] = {"mean": fmean(values), "sd": stdev(values)}
-            machine.say(f"{name:>24}  {fmean(values):.3f} ± {stdev(values):.3f}")
-    if machine.main:
-        metrics = {"task": args.task, "seeds": args.seeds, "test": spread, "runs": runs}
-        write_json(f"{args.out}/metrics.json", metrics)
-
-
 # ---- pictures --------------------------------------------------------------------------------
 
 PLAIN, YOUDEN = "the likeliest", "Youden's, of validation"  # the two points of a decision
@@ -883,30 +818,29 @@ def draw_roc(path, scored, split, scores, classes):
     for s, pair in scored.items():  # of two classes the curve of the last alone
         for name, (fpr, tpr, _) in zip(classes[::-1], of_each(roc, *pair)[::-1]):
             ax.plot(fpr, tpr, "-" if s == split else ":", label=f"{s}, {name}")
-    for prefix, marker, name in (("", "o", PLAIN), ("youden_", "^", YOUDEN)):
+    for prefix, name in (("", PLAIN), ("youden_", YOUDEN)):
         point = [scores[prefix + k]["value"] for k in ("specificity", "sensitivity")]
         spec, sens = np.array(point, float)  # NaN, where they are undefined, is not drawn
-        ax.plot(1 - spec, sens, marker, label=name)
+        ax.plot(1 - spec, sens, "o", label=name)
     title = f"{split}: AUC {text_of(scores['auc'])}"
-    ax.set(xlabel="1 − specificity", ylabel="sensitivity", aspect="equal", title=title)
+    ax.set(xlabel="1 − specificity", ylabel="sensitivity", title=title)
     ax.legend(fontsize=8)
     save_figure(fig, path)
 
 
 def draw_confusion(path, labels, probs, thresholds, classes):
-    """Counts and shares of each class, at the plain decision and, of two, at Youden's threshold."""
-    one, decisions = np.eye(len(classes)), {PLAIN: probs.argmax(1)}
+    """Cases of each class, at the plain decision and, of two, at Youden's threshold."""
+    decisions, ticks = {PLAIN: probs.argmax(1)}, range(len(classes))
     if len(classes) == 2:
         decisions[YOUDEN] = (probs[:, 1] >= thresholds[0]).astype(int)
-    fig, (axes,) = figure_of((4.5 * len(decisions), 4), 1, len(decisions))
+    fig, [axes] = figure_of((4.5 * len(decisions), 4), 1, len(decisions))
     for ax, (name, decided) in zip(axes, decisions.items()):
-        counts = one[labels].T @ one[decided]  # [K, K]
-        share = counts / np.maximum(1, counts.sum(1, keepdims=True))
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # pale enough for black digits
+        counts = [[np.sum((labels == i) & (decided == j)) for j in ticks] for i in ticks]
+        ax.imshow(counts, "Blues", vmax=2 * np.max(counts))  # pale enough for black digits
         for (i, j), count in np.ndenumerate(counts):
-            ax.text(j, i, f"{count:.0f}\n{share[i, j]:.0%}", ha="center", va="center")
-        ax.set_xticks(range(len(classes)), classes)
-        ax.set_yticks(range(len(classes)), classes)
+            ax.text(j, i, count, ha="center", va="center")
+        ax.set_xticks(ticks, classes)
+        ax.set_yticks(ticks, classes)
         ax.set(xlabel="predicted", ylabel="true", title=name)
     fig.tight_layout()
     save_figure(fig, path)
@@ -918,13 +852,10 @@ def draw_cases(path, cases, probs, classes):
     order = np.argsort(-probs.max(1))
     fig, axes = figure_of((13, 13), 6, 6)
     for ax in axes.flat:
-        ax.set_axis_off()
+        ax.axis("off")
     for rows, mask in zip(np.split(axes, 2), (decided == labels, decided != labels)):
         for i, planes in zip(order[mask[order]], rows.T):
-            v = load_volume(cases[i]).float().numpy()
-            for ax, axis in zip(planes, (2, 1, 0)):
-                image = v.take(v.shape[axis] // 2, axis).T
-                ax.imshow(image, cmap="gray", origin="lower", vmin=0, vmax=1)
+            draw_planes(planes, load_volume(cases[i]).float().numpy())
             words = f"is {classes[labels[i]]}\nscored {classes[decided[i]]} {probs[i].max():.2f}"
             planes[0].set_title(words, fontsize=9)
     save_figure(fig, path)

@@ -39,30 +39,26 @@ from tqdm import tqdm
 from common import (
     BadInput,
     Loop,
-    batches,
     check_least,
     cli,
-    cores,
     cosine_lr,
     distribute,
     draw_curves,
     figure_of,
     fill,
     load_checkpoint,
-    machine_flags,
-    micro_batches,
     open_run,
     optimiser_step,
-    parallel,
     read_json,
     read_log,
-    report_flags,
+    restored,
     resumed,
-    run_flags,
     save_checkpoint,
     save_figure,
     setup,
     split_batch,
+    training_batches,
+    training_flags,
     write_beside,
     write_json,
     write_table,
@@ -75,6 +71,7 @@ from serialize import (
     digest,
     label_subset,
     linear_weights,
+    normalise,
     read_scan,
     stamp_of,
     stem_of,
@@ -125,7 +122,6 @@ PRESETS = {  # what departs from the published recipe
         "layer_decay": 1.0,
         "clip": 1.0,
         "overlap": 0.5,
-        "augment": "standard",
         "flip": 0.0,
         "rotate": 0.0,
         "intensity": 0.3,
@@ -171,7 +167,6 @@ TASKS = {
     "phantom": task_of("phantom.py", AMOS_ORGANS, [-175, 250], [4.5] * 3, data="data/phantom/amos"),
 }
 OWN_TASK = task_of("a folder of your own", None, ["percentiles"], None)
-ORGANS = TASKS["amos"]["classes"]
 LAYOUT = (
     "expected there: dataset.json, imagesTr/*.nii.gz and labelsTr/*.nii.gz (AMOS: imagesVa and "
     "labelsVa too)"
@@ -180,7 +175,6 @@ LAYOUT = (
 
 def parser():
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    run_flags(p, "out/seg-TASK")
     add = p.add_argument_group("data").add_argument
     add("--task", help=f"{', '.join(TASKS)}, or a name of your own with --data")
     add("--data", metavar="DIR", help="in the Decathlon layout (default: data/TASK)")
@@ -202,8 +196,8 @@ def parser():
     add("--micro", type=int, help="volumes a pass on a device (default: its share)")
     add("--lr", type=float, help="(published: 3e-4, from scratch 1e-4; nano 2e-3)")
     add("--layer-decay", type=float, help="of --lr, downwards (published: 0.75; la 0.9; nano 1)")
-    machine_flags(p, workers=4)
-    report_flags(p, "a twentieth of the run; quick a sixth, nano a quarter")
+    words = "a twentieth of the run; quick a sixth, nano a quarter"
+    training_flags(p, "out/seg-TASK", words, workers=4)
     return p
 
 
@@ -225,17 +219,7 @@ def settle(args, machine):
     if args.init.startswith("scratch"):
         fill(args, SCRATCH)
     fill(args, PUBLISHED | {"data": f"data/{args.task}", "workers": 4 if machine.cuda else 0})
-    check_least(
-        args,
-        batch=1,
-        steps=1,
-        lr=1e-12,
-        workers=0,
-        stop_after=1,
-        log_every=1,
-        val_every=1,
-        save_every=1,
-    )
+    check_least(args)
     split_batch(args, machine, args.batch)
     roi = args.roi * 3 if len(args.roi) == 1 else args.roi
     if len(roi) != 3 or min(roi) < 1:
@@ -312,18 +296,17 @@ def main():
 
     # model, optimiser
     model = build(args, state, setting, machine)
-    net = distribute(model, machine)
+    net = distribute(model, args, machine)
     groups = layer_decay_groups(model, args.lr, args.wd, args.layer_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    first, best, dice = 0, -1.0, None
+    dice = None
     if state:
         if state["train"] != names:
             raise BadInput(
                 f"--data {args.data}: holds other cases than the run to resume trains on"
             )
         fit(model, state["model"], out / "ckpt.pt")
-        optimiser.load_state_dict(state["optimiser"])
-        first, best = state["step"], state["best"]
+    first, best = restored(state, optimiser, -1.0)
     log = open_run(out, args, machine, state)
     if machine.main:
         write_json(out / "subset.json", {"train": names, "val": [c["id"] for c in val]})
@@ -336,10 +319,9 @@ def main():
 
     # loop
     draws = Crops(train, setting["roi"], args.crops, args.seed)
-    numbers = micro_batches(first, args, machine)
-    samples = batches(draws, numbers, machine, args.workers)
-    loop, waited = Loop(args, machine, log, first, args.steps, "segmentation"), 0.0
-    loop.per_second["samples_per_s"] = args.batch * args.crops
+    samples = training_batches(draws, first, args, machine)
+    speed = {"samples_per_s": args.batch * args.crops}
+    loop, waited = Loop(args, machine, log, first, args.steps, "segmentation", **speed), 0.0
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, round(args.warmup * args.steps))
         loss, seconds = train_step(net, samples, args, machine)
@@ -388,8 +370,6 @@ def build(args, state, setting, machine):
         f"{' (frozen)' if args.freeze else ''}; with UNETR's decoder {weights:.1f} M parameters, "
         f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}"
     )
-    if args.compile:
-        model.compile()
     return model.to(machine.device)
 
 
@@ -540,20 +520,6 @@ def read_h5(path):
 # ---- preparation and back --------------------------------------------------------------------
 
 
-def normalise(values, intensity_range):
-    """Values -> float32: (low, high) or "percentiles" (1, 99.9) to [0, 1], or "zscore"."""
-    values = np.asarray(values, np.float32)
-    finite = np.isfinite(values)
-    if not finite.all():
-        raise BadInput(f"{(~finite).sum()} voxels are NaN or infinite")
-    if intensity_range == "zscore":
-        return (values - values.mean()) / max(values.std(), 1e-6)
-    if intensity_range == "percentiles":
-        intensity_range = np.percentile(values, [1, 99.9])
-    low, high = intensity_range
-    return np.clip((values - low) / max(float(high - low), 1e-6), 0, 1)
-
-
 def prepare(values, ras, own, spacing, intensity_range):
     """What `read_scan` returned -> float16 [X, Y, Z] in RAS+ at `spacing` (mm; None: as it is), cut
     to its foreground, and the geometry (plain types) with which labels follow and come back.
@@ -667,12 +633,8 @@ def prepare_all(cases, setting, machine):
         path = f"{folder / c['id']}-{digest(key, 6)}"
         jobs.append(c | {"path": path, "how": how})
     machine.say(f"{len(jobs)} cases; prepared scans are kept in {folder}")
-    n, words = machine.world, machine.main and "preparing scans"
-    mine = [*parallel(prepare_case, jobs[machine.rank :: n], cores() // n, words)]
-    for rank, part in enumerate(machine.gather(mine)):
-        jobs[rank::n] = part
     failed, usable = [], {"train": [], "val": []}
-    for c in jobs:
+    for c in machine.share(prepare_case, jobs, "preparing scans"):
         name, split, reason = c["id"], c["split"], c.get("error")
         if reason:
             machine.say(f"{split} case {name} cannot be used and is left out: {reason}")
@@ -1058,14 +1020,10 @@ def validate(model, cases, setting, step, log, out, machine):
 
 def report(dice, cases, classes, metrics, out, machine):
     """Say the table of the last Dice scores, and write `metrics` and them to metrics.json."""
-    machine.say(f"{'Dice':>22}   mean    min    max  cases")
-    for name, values in zip(classes, dice.T):
-        v = values[~np.isnan(values)]
-        words = "none of the cases has it"
-        if len(v):
-            words = f"{v.mean():.3f}  {v.min():.3f}  {v.max():.3f}  {len(v):5}"
-        machine.say(f"{name:>22}  {words}")
-    means = class_means(dice)
+    machine.say(f"{'Dice':>22}   mean  cases")
+    means, counts = class_means(dice), np.isfinite(dice).sum(0)
+    for row in zip(classes, means, counts):
+        machine.say("{:>22}  {:.3f}  {:5}".format(*row))
     metrics["mean_dice"] = mean = float(np.nanmean(means))
     machine.say(f"{'mean':>22}  {mean:.3f}  (best {metrics['best_mean_dice']:.3f})")
     if machine.main:
@@ -1095,8 +1053,11 @@ def draw_overlay(path, image, target, prediction, classes, spacing, title):
         at = sum(box[axis]) // 2
         a, b = spacing[:axis] + spacing[axis + 1 :]
         for ax, (name, labels) in zip(row, panels):
-            draw_slice(ax, image.take(at, axis), labels.take(at, axis), b / a, low, high)
-            ax.set_title(name)
+            shown = np.ma.masked_equal(labels.take(at, axis).T, 0) - 1
+            how = {"origin": "lower", "aspect": b / a, "interpolation": "nearest"}
+            ax.imshow(image.take(at, axis).T, cmap="gray", vmin=low, vmax=high, **how)
+            ax.imshow(shown % 20, cmap="tab20", vmin=0, vmax=19, alpha=0.75, **how)
+            ax.set(xticks=[], yticks=[], title=name)
         row[0].set_ylabel(f"{'xyz'[axis]} = {at}")
     fig.suptitle(title)
     colours = colormaps["tab20"].colors * 13  # of up to 255 classes
@@ -1104,16 +1065,6 @@ def draw_overlay(path, image, target, prediction, classes, spacing, title):
     fig.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     fig.tight_layout()
     save_figure(fig, path)
-
-
-def draw_slice(ax, image, labels, aspect, low, high):
-    """A slice [a, b] in grey from `low` to `high`, and its labels, if any, in colours above it."""
-    how = {"origin": "lower", "aspect": aspect, "interpolation": "nearest"}
-    ax.imshow(image.T, cmap="gray", vmin=low, vmax=high, **how)
-    if labels is not None:
-        shown = np.ma.masked_equal(labels.T, 0) - 1
-        ax.imshow(shown % 20, cmap="tab20", vmin=0, vmax=19, alpha=0.75, **how)
-    ax.set(xticks=[], yticks=[])
 
 
 if __name__ == "__main__":

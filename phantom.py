@@ -637,12 +637,16 @@ def draw(folders, path):
         if part == "nodule":
             volumes = np.load(folder / "nodulemnist3d.npz")["train_images"]
         for v, planes in zip(volumes, axes[row:].T):
-            low, high = max(v.min(), -1000 if part == "ricord" else -200), np.percentile(v, 99.5)
-            for ax, axis in zip(planes, (2, 1, 0)):
-                view = v.take(v.shape[axis] // 2, axis).T
-                ax.imshow(view, "gray", vmin=low, vmax=high, origin="lower", aspect="auto")
-                ax.axis("off")
+            draw_planes(planes, v, *np.percentile(v, [5, 99.5]))
     save_figure(fig, path)
+
+
+def draw_planes(axes, volume, low=0, high=1):
+    """The middle slices of a volume [X, Y, Z] across z, y and x, in grey, each on one of axes."""
+    for ax, axis in zip(axes, (2, 1, 0)):
+        view = volume.take(volume.shape[axis] // 2, axis).T
+        ax.imshow(view, "gray", vmin=low, vmax=high, origin="lower", aspect="auto")
+        ax.axis("off")
 
 
 if __name__ == "__main__":

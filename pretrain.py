@@ -29,7 +29,6 @@ from torch.utils.data import default_collate
 from common import (
     BadInput,
     Loop,
-    batches,
     check_least,
     cli,
     cosine_lr,
@@ -37,18 +36,17 @@ from common import (
     draw_curves,
     fill,
     load_checkpoint,
-    machine_flags,
-    micro_batches,
     open_run,
     optimiser_step,
     read_log,
-    report_flags,
+    restored,
     resumed,
-    run_flags,
     save_checkpoint,
     setup,
     split_batch,
     to_device,
+    training_batches,
+    training_flags,
     write_json,
 )
 from model import (
@@ -68,7 +66,7 @@ from model import (
     timed,
     unpatchify,
 )
-from serialize import KINDS, PUBLISHED, Sequences, draw_strips, find_corpus
+from serialize import KINDS, PUBLISHED, Sequences, draw_strips, find_corpus, sequence_flags
 from tokenize_vq import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_state
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -107,11 +105,8 @@ RECIPES = {  # what a flag that was not given stands for, and what has no flag
 
 def parser():
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = run_flags(p, "out/pretrain").add_argument
-    add("--data", help="corpus (default data/corpus; without one, the phantom's)")
-    add("--init", metavar="FILE", help="weights: a checkpoint, or the published file")
-    add("--bench", action="store_true", help="time steps on random voxels and leave")
     add = p.add_argument_group("model").add_argument
+    add("--init", metavar="FILE", help="weights: a checkpoint, or the published file")
     add("--size", choices=[*SIZES], help="published: base (the default; nano without CUDA)")
     words = "published: pixel, standardised patches; vq: the codes of a tokenizer"
     add("--target", choices=["pixel", "vq"], default="pixel", help=words)
@@ -121,22 +116,14 @@ def parser():
     add("--attention", choices=["prefix", "causal"], default="prefix", help=words)
     words = "of the patches; published: raster, over the joined volume"
     add("--order", choices=["raster", "image"], default="raster", help=words)
-    add = p.add_argument_group("sequences").add_argument
-    add("--volume", type=int, help="edge in voxels (published 128; nano 64)")
-    add(
-        "--stride",
-        type=int,
-        help="slices between slabs of a spatial sequence (published 8; nano 4)",
-    )
-    add("--mix", help="published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1")
+    sequence_flags(p)
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="(published: 50 epochs; nano 230)")
     add("--batch", type=int, help="sequences a step, all ranks (published 288; nano 8)")
     add("--micro", type=int, help="sequences a pass (default: up to 72 on CUDA, else 8)")
     add("--lr", type=float, help="peak learning rate (published 1e-4; nano 3e-3)")
-    machine_flags(p, compiled=True)
-    add = report_flags(p, "500; nano 50").add_argument
-    add("--val-samples", type=int, help="sequences of each kind (default 64; nano 16)")
+    add("--bench", action="store_true", help="time steps on random voxels and leave")
+    training_flags(p, "out/pretrain", "500; nano 50", compiled=True)
     return p
 
 
@@ -151,8 +138,7 @@ def settle(args, machine):
     fill(args, RECIPES["nano" if args.size == "nano" else "published"])
     fill(args, {"compile": machine.cuda, "workers": 8 if machine.cuda else 0})
     fill(args, {"save_every": args.val_every})
-    check_least(args, batch=1, val_samples=1, val_every=1, save_every=1, log_every=1, steps=1)
-    check_least(args, stop_after=1, workers=0, lr=1e-12, micro=1)
+    check_least(args)
     if args.tokenizer and args.target == "pixel":
         raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq predicts codes")
     split_batch(args, machine, 72 if machine.cuda else 8)
@@ -201,7 +187,7 @@ def main():
     G = math.prod(grid_of([args.volume] * 3, config.patch))
     torch.manual_seed(args.seed)
     model = build(config, args, state, tokenizer, machine)
-    net = distribute(model, machine)
+    net = distribute(model, args, machine)
     encode = partial(codes_of, model, tokenizer)
     rates = {"lr": args.lr, "betas": (0.9, args.beta2), "weight_decay": args.wd}
     optimiser = torch.optim.AdamW(model.parameters(), **rates, fused=True)
@@ -219,10 +205,7 @@ def main():
         args.steps = max(1, round(EPOCHS * crops / args.batch))
     val_batches = validation_set(val, G, args, machine)
     rivals = find_rivals(model, tokenizer, encode, val_batches, G, machine)
-    first, best = 0, math.inf
-    if state:
-        optimiser.load_state_dict(state["optimiser"])
-        first, best = state["step"], state["best"]
+    first, best = restored(state, optimiser, math.inf)
     log = open_run(out, args, machine, state)
     kept = {"args": vars(args)}
     if tokenizer is not None:
@@ -248,7 +231,7 @@ def main():
     # the loop
     if first == 0:
         validate(0)
-    samples = batches(train, micro_batches(first, args, machine), machine, args.workers)
+    samples = training_batches(train, first, args, machine)
     flops = model.flops([args.volume] * 3, 0 if args.attention == "causal" else None) * args.batch
     speed = {"samples_per_s": args.batch, "mfu": flops / machine.world / matmul_rate(machine)}
     loop = Loop(args, machine, log, first, args.steps, "pre-training", **speed)
@@ -281,8 +264,6 @@ def build(config, args, state, tokenizer, machine):
         f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}; a step is "
         f"{args.batch} sequences: {machine.world} ranks x {passes} passes x {args.micro}"
     )
-    if args.compile:
-        model.compile()
     return model
 
 

@@ -33,7 +33,7 @@ from collections import Counter, defaultdict
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
-from statistics import mean, mode
+from statistics import mean
 
 import nibabel as nib
 import numpy as np
@@ -103,10 +103,24 @@ def flags():
     return p
 
 
+def sequence_flags(p):
+    """The flags of a stage that trains on a corpus: the group."""
+    g = p.add_argument_group("sequences")
+    g.add_argument("--data", help="corpus (default data/corpus; without one, the phantom's)")
+    g.add_argument("--volume", type=int, help="edge in voxels (default 128; nano 64)")
+    words = "slices between slabs of a spatial sequence (default 8; nano 4)"
+    g.add_argument("--stride", type=int, help=words)
+    words = "published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1"
+    g.add_argument("--mix", help=words)
+    words = "sequences of each kind to validate with (default 64; nano 16)"
+    g.add_argument("--val-samples", type=int, help=words)
+    return g
+
+
 def settle(args):
     if not 0 <= args.val <= 0.5:
         raise BadInput(f"--val {args.val}: a share between 0 and 0.5")
-    check_least(args, volume=16, patch=1, stride=1, seed=0)
+    check_least(args, volume=16, seed=0)
     if args.volume % args.patch:
         raise BadInput(f"--patch {args.patch}: not a divisor of --volume {args.volume}")
     args.scans = args.spatial or args.contrast or args.semantic
@@ -254,14 +268,31 @@ def apart(a, b, shape):
     return np.abs(moved - corners).max()
 
 
+def check_finite(values):
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise BadInput(f"{(~finite).sum()} voxels are NaN or infinite")
+
+
+def normalise(values, intensity_range):
+    """Values -> float32: (low, high) or "percentiles" (1, 99.9) to [0, 1], or "zscore"."""
+    values = np.asarray(values, np.float32)
+    check_finite(values)
+    if intensity_range == "zscore":
+        return (values - values.mean()) / max(values.std(), 1e-6)
+    if intensity_range == "percentiles":
+        intensity_range = np.percentile(values, [1, 99.9])
+    low, high = intensity_range
+    return np.clip((values - low) / max(float(high - low), 1e-6), 0, 1)
+
+
 def to_int16(values):
     """Values -> int16 and the slope and inter that give them back: exact for 16 bits of integers.
 
     Floats are spread over the 65,535 levels from their minimum to their maximum, outliers clipped
     one span beyond the 0.01st and 99.99th percentiles.
     """
-    if not np.isfinite(values).all():
-        raise BadInput(f"{(~np.isfinite(values)).sum()} voxels are NaN or infinite")
+    check_finite(values)
     low, high = values.min().item(), values.max().item()
     if low == high:
         raise BadInput(f"all voxels are equal ({low:g})")
@@ -833,14 +864,23 @@ def parse_mix(text, have):
     return mix
 
 
-def draw_strips(path, views, depth):
-    """{row: {column: volume [X, Y, Z] in [0, 1]}}: the middle slice of each sub-image, in a row."""
-    columns = len(next(iter(views.values())))
-    fig, axes = figure_of((6 * columns, 1.8 * len(views)), len(views), columns)
+def draw_strips(path, views, depth, numbers=None):
+    """{row: {column: volume [X, Y, Z] in [0, 1]}}: the middle slice of each sub-image, in a row.
+
+    numbers [x, y, z]: written on the patches.
+    """
+    columns, wide = len(next(iter(views.values()))), 6 if numbers is None else 12
+    fig, axes = figure_of((wide * columns, wide * 0.3 * len(views)), len(views), columns)
     for line, (row, volumes) in zip(axes, views.items()):
         for ax, (name, volume) in zip(line, volumes.items()):
             slices = volume[:, :, depth // 2 :: depth].clamp(0, 1)  # [X, Y, S]
             strip = torch.cat(slices.unbind(2)).T.numpy(force=True)  # [Y, S·X]
+            if numbers is not None:
+                edge = len(volume) // len(numbers)
+                shown = torch.cat(numbers[:, :, depth // 2 // edge :: depth // edge].unbind(2))
+                for (x, y), n in np.ndenumerate(shown.numpy()):
+                    at = (x + 0.5) * edge, (y + 0.5) * edge
+                    ax.text(*at, n, color="white", fontsize=7, ha="center", va="center")
             ax.imshow(strip, cmap="gray", origin="lower", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[], title=name, facecolor="tab:blue")
         line[0].set_ylabel(row)
@@ -887,26 +927,14 @@ def inspect(data, patch, order):
             f"--stride {stride:2}: {tokens:5.1%} of the tokens and {voxels:5.1%} of the voxels of "
             "a spatial sequence are copies of earlier ones, in either order"
         )
-    g = data.size // patch
+    g, views = data.size // patch, {}
     places = token_order((g, g, g), data.images, order)
     numbers = torch.arange(g**3) if places is None else places.argsort()
-    middles = torch.arange(data.depth // 2, data.size, data.depth)
-    shown = torch.cat(numbers.view(g, g, g)[:, :, middles // patch].unbind(2)).numpy()
-    rows = len(data.kinds)
-    fig, axes = figure_of((12, 3.3 * rows), rows)
-    flat = {"origin": "lower", "extent": (0, len(shown), 0, g)}  # shown: [S·x, y]
     for n, kind in enumerate(data.kinds):
-        sample, ax = data[n], axes[n, 0]
-        volume = to_unit(sample["volume"][None], sample["ranges"][None])[0]
-        image = torch.cat(volume[:, :, middles].unbind(2)).numpy()  # [S·X, Y]
-        ax.imshow(image.T, cmap="gray", vmax=1.4, **flat)  # dark enough for white numbers
-        ax.imshow(shown.T, alpha=0.2, **flat)
-        for (x, y), number in np.ndenumerate(shown):
-            ax.text(x + 0.5, y + 0.5, number, color="white", fontsize=7, ha="center", va="center")
-        ax.set_title(f"{kind}, order {order}: place of each patch in the sequence, middle slices")
-        ax.axis("off")
+        volume = to_unit(data[n]["volume"][None], data[n]["ranges"][None])[0]
+        views[kind] = {f"order {order}: place of each patch in the sequence": volume / 1.4}
     path = data.root / "inspect.png"
-    save_figure(fig, path)
+    draw_strips(path, views, data.depth, numbers.view(g, g, g))
     print(f"drew {path}")
 
 
@@ -966,7 +994,7 @@ def bench(data):
         print(
             f"{kind:>9}: {1 / times.mean():6.0f} samples/s on one core (median "
             f"{1e3 * np.median(times):.1f} ms), {2e-6 * data.size**3:.2f} MB a sample; "
-            f"{len(files)} scans, mostly {text_of(mode(files.values()))}"
+            f"{len(files)} scans"
         )
         if kind == "spatial":
             disk = 2 * mean(map(math.prod, files.values()))

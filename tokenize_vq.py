@@ -40,27 +40,24 @@ from common import (
     cosine_lr,
     distribute,
     draw_curves,
-    figure_of,
     fill,
     load_checkpoint,
-    machine_flags,
-    micro_batches,
     open_run,
     optimiser_step,
     read_log,
-    report_flags,
+    restored,
     resumed,
-    run_flags,
     save_checkpoint,
-    save_figure,
     setup,
     split_batch,
     to_device,
+    training_batches,
+    training_flags,
     write_json,
 )
 from kernels.plain import read
 from model import fit, grid_of, patchify, to_unit, unpatchify
-from serialize import KINDS, Sequences, draw_strips, find_corpus
+from serialize import KINDS, Sequences, draw_strips, find_corpus, sequence_flags
 
 # ---- arguments -------------------------------------------------------------------------------
 
@@ -106,22 +103,16 @@ ENCODER_LR = 0.02  # of the encoder, which begins as principal components: a sha
 
 def parser():
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = run_flags(p, "out/vq").add_argument
-    add("--data", help="corpus (default data/corpus; without one, the phantom's)")
-    add("--size", choices=[*RECIPES], help="of all defaults below (full with CUDA, else nano)")
-    add = p.add_argument_group("codes and sequences").add_argument
+    add = p.add_argument_group("codes").add_argument
+    add("--size", choices=[*RECIPES], help="of all defaults (full with CUDA, else nano)")
     add("--patch", type=int, help="edge in voxels, the model's (full 16; nano 8)")
     add("--codes", type=int, help="K, up to 65,536 (full 8192; nano 512)")
-    add("--volume", type=int, help="edge in voxels (full 128; nano 64)")
-    add("--stride", type=int, help="slices between slabs of a spatial sequence (full 8; nano 4)")
-    add("--mix", help="published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1")
+    sequence_flags(p)
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="(full 20000; nano 300)")
     add("--batch", type=int, help="sequences a step, all ranks (full 64; nano 8)")
     add("--lr", type=float, help="peak rate of the decoder (full 1e-3; nano 2e-3)")
-    machine_flags(p, kernels=False)
-    add = report_flags(p, "full 1000; nano 100").add_argument
-    add("--val-samples", type=int, help="sequences of each kind (full 64; nano 16)")
+    training_flags(p, "out/vq", "full 1000; nano 100", kernels=False)
     return p
 
 
@@ -132,8 +123,7 @@ def settle(args, machine):
         machine.say(f"--size {args.size}: full with CUDA, nano without")
     fill(args, {**RECIPES[args.size], "workers": 8 if machine.cuda else 0})
     fill(args, {"save_every": args.val_every})
-    check_least(args, batch=1, val_samples=1, val_every=1, save_every=1, log_every=1, steps=1)
-    check_least(args, stop_after=1, workers=0, lr=1e-12, patch=1)
+    check_least(args)
     args.micro = None
     split_batch(args, machine, args.batch)  # one pass a step
     grid_of([args.volume] * 3, args.patch)
@@ -181,19 +171,15 @@ def main():
 
     # go on, or start from data
     log = open_run(out, args, machine, state)
-    first, best = 0, math.inf
+    first, best = restored(state, optimiser, math.inf)
     if state:
         fit(tokenizer, state["model"], out / "ckpt.pt")
-        optimiser.load_state_dict(state["optimiser"])
-        first, best = state["step"], state["best"]
     else:
         if machine.main:
             tokenizer.start(first_patches(train, args, machine), args.seed, machine)
         for buffer in tokenizer.buffers():  # all ranks begin with rank 0's; DDP sees to the weights
             machine.sum(buffer if machine.main else buffer.zero_())
-    if args.compile:
-        tokenizer.compile()
-    net = distribute(tokenizer, machine)
+    net = distribute(tokenizer, args, machine)
 
     def save(name, **more):
         if machine.main:
@@ -202,7 +188,7 @@ def main():
     def validate(step):
         nonlocal best
         scores = evaluate(tokenizer.rebuild, held_out, args, machine)
-        machine.say("step", step, in_words(scores))
+        machine.say(f"step {step}: {in_words(scores)}")
         log.write(step=step, **scores)
         if machine.main:
             by_kind = [k for k in scores if k.startswith("psnr")]
@@ -216,7 +202,7 @@ def main():
     # loop
     if first == 0:
         validate(0)
-    loader = batches(train, micro_batches(first, args, machine), machine, args.workers)
+    loader = training_batches(train, first, args, machine)
     loop = Loop(args, machine, log, first, args.steps, "tokenizer", samples_per_s=args.batch)
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
@@ -246,7 +232,7 @@ def make_optimiser(tokenizer):
 def in_batches(data, numbers, desc, args, machine):
     """Those sequences of `data` in batches, with a bar."""
     lists = [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
-    loader = batches(data, lists, machine, args.workers)
+    loader = batches(data, lists, args, machine)
     return tqdm(loader, desc, len(lists), leave=False, disable=not machine.main)
 
 
@@ -519,13 +505,13 @@ def report(tokenizer, train, val, held_out, args, machine):
     metrics = {"step": args.steps, "bits": math.log2(args.codes)}
     for name, rebuild in rebuilds.items():
         metrics[name] = evaluate(rebuild, held_out, args, machine)
-        machine.say(name, in_words(metrics[name]))
+        machine.say(f"{name}: {in_words(metrics[name])}")
     if machine.main:
         out = Path(args.out)
         write_json(out / "metrics.json", metrics)
         draw_samples(out / "samples.png", rebuilds, val, machine)
         draw_codebook(out / "codebook.png", tokenizer)
-        machine.say("wrote ckpt.pt, best.pt, log.jsonl, metrics.json and pictures in", out)
+        machine.say(f"wrote ckpt.pt, best.pt, log.jsonl, metrics.json and pictures in {out}")
 
 
 @torch.no_grad()
@@ -633,13 +619,9 @@ def draw_codebook(path, tokenizer):
     P, uses = tokenizer.config.patch, tokenizer.quantiser.averages[:, -1]
     most = uses.argsort(descending=True).repeat(96)[:96]  # of fewer, some again
     volumes = tokenizer.decode(most[:, None].expand(-1, 27), (3, 3, 3))  # [96, 3P, 3P, 3P]
-    tiles = F.pad(volumes[:, P:-P, P:-P, 3 * P // 2].mT, (1, 1, 1, 1), value=1.0).cpu()
-    fig, [[ax]] = figure_of((12, 2.5))
-    image = torch.cat([torch.cat([*row], 1) for row in tiles.split(24)])
-    ax.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-    ax.set_title(f"of {len(uses)} codes the most used, the most used first")
-    ax.axis("off")
-    save_figure(fig, path)
+    tiles = F.pad(volumes[:, P:-P, P:-P, 3 * P // 2], (1, 1, 1, 1), value=1.0)
+    rows = enumerate(tiles.permute(1, 2, 0).split(24, 2))  # [P + 2, P + 2, 24] each
+    draw_strips(path, {f"from {24 * i}": {"the most used codes": row} for i, row in rows}, 1)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,8 @@ import kernels
 from common import (
     check_least,
     cli,
-    figure_of,
+    draw_curves,
     machine_flags,
-    save_figure,
     setup,
     write_table,
 )
@@ -75,8 +74,8 @@ def main():
     p.add_argument("--out", type=Path, default="kernels/results", help="folder of table and figure")
     machine_flags(p, workers=None, kernels=False)
     args = p.parse_args()
-    check_least(args, batch=1)
-    machine = setup(args, seed=0)
+    check_least(args)
+    machine = setup(args)
     if machine.cuda:
         kernels.choose("triton", machine.device)
     else:
@@ -372,31 +371,16 @@ def report(rows, machine, args):
             verdict = "reached" if gain >= aim else "met" if gain >= least else "MISSED"
             line += f"  ours {gain:.2f}x as fast (H100: at least {least}, aim {aim}): {verdict}"
         machine.say(line)
-    table = args.out / "bench.csv"
-    write_table(table, [*Row._fields, *info], [[*r, *info.values()] for r in rows])
-    machine.say(f"\nwrote {table}")
+    write_table(args.out / "bench.csv", [*Row._fields, *info], [[*r, *info.values()] for r in rows])
     if "attention" in args.part:
-        picture = args.out / "attention.png"
-        draw_speeds(picture, [r for r in rows if r.part == "attention"], title)
-        machine.say(f"wrote {picture}")
-
-
-def draw_speeds(path, rows, title):
-    """Speed against N, one line a rival; forward, backward and both side by side."""
-    fig, axes = figure_of((15, 4.5), columns=3)
-    lengths = sorted({r.n for r in rows})
-    for ax, what in zip(axes[0], ("forward", "backward", "both")):
-        for rival in dict.fromkeys(r.rival for r in rows):
-            points = [(r.n, r.tflops) for r in rows if (r.rival, r.what) == (rival, what)]
-            ax.plot(*zip(*points), "o-", label=rival)
-        ax.set(xscale="log", xlabel="tokens", ylabel="useful TFLOP/s", title=what, ylim=(0, None))
-        ax.set_xticks(lengths, lengths)
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    ax.legend()
-    fig.suptitle(title)
-    fig.tight_layout()
-    save_figure(fig, path)
+        timed = [r for r in rows if r.part == "attention"]
+        points = [{"tokens": r.n, f"{r.rival}, {r.what}": r.tflops} for r in timed]
+        panels = []
+        for what in dict.fromkeys(r.what for r in timed):
+            keys = dict.fromkeys(f"{r.rival}, {what}" for r in timed)
+            panels.append((f"{what}, useful TFLOP/s", keys, {}))
+        draw_curves(args.out / "attention.png", points, *panels, x="tokens")
+    machine.say(f"\nwrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from common import (
     Log,
     Loop,
     cosine_lr,
-    keep_earlier_run,
     load_checkpoint,
     micro_batches,
+    open_run,
     optimiser_step,
     parallel,
     read_json,
@@ -27,7 +27,7 @@ from common import (
 
 
 def machine(world=1, rank=0):
-    it = setup(argparse.Namespace(device="cpu", dtype="fp32"), 0)
+    it = setup(argparse.Namespace(device="cpu", dtype="fp32"))
     it.world, it.rank = world, rank
     return it
 
@@ -101,13 +101,15 @@ def test_checkpoints_that_are_none(tmp_path):
 
 
 def test_an_earlier_run_is_kept(tmp_path):
+    args = argparse.Namespace(resume=False)
     for n in (1, 2):
         (tmp_path / "ckpt.pt").write_text(str(n))
-        keep_earlier_run(tmp_path, lambda words: None)
-    keep_earlier_run(tmp_path, lambda words: None)  # nothing there: nothing to do
+        open_run(tmp_path, args, machine(1, 0))
+    open_run(tmp_path, args, machine(1, 0))  # nothing there: nothing to do
     kept = [(tmp_path / f"earlier-{n}/ckpt.pt").read_text() for n in (1, 2)]
     assert kept == ["1", "2"]
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
+    assert [f.name for f in sorted(tmp_path.glob("earlier-*"))] == ["earlier-1", "earlier-2"]
+    assert not (tmp_path / "ckpt.pt").exists()
 
 
 def test_ranks_and_passes_share_the_samples_out():
@@ -186,4 +188,4 @@ def test_bad_devices_and_seeds_get_one_line():
         ("cuda:99", 0, "CUDA device"),
     ):
         with pytest.raises(BadInput, match=words):
-            setup(argparse.Namespace(device=device, dtype="fp32"), seed)
+            setup(argparse.Namespace(device=device, dtype="fp32", seed=seed))
