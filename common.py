@@ -7,23 +7,28 @@ schedules · the loop · logs and figures
 import argparse
 import contextlib
 import csv
+import errno
+import fcntl
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 # ---- errors ----------------------------------------------------------------------------------
@@ -35,6 +40,8 @@ class BadInput(ValueError):
 
 def cli(main):
     """Run a script's main(): BadInput is one line and exit code 2, Ctrl-C one line and 130."""
+    for stream in (sys.stdout, sys.stderr):  # file names may hold any byte
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BadInput as e:
@@ -59,39 +66,74 @@ def write_beside(path):
     A reader sees the old file or the new one, never half of either; a failed block leaves nothing.
     """
     path = Path(path)
+    # a fixed name, so that what a kill leaves is overwritten; at most 255 bytes
+    tmp = path.with_name(".tmp." + os.fsdecode(os.fsencode(path.name)[-200:]))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"{path.parent}: {e.strerror}; choose another --out") from None
-    tmp = path.with_name(f".tmp.{path.name}")  # a fixed name: what a kill leaves is overwritten
-    try:
         yield tmp
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as e:
+        raise unwritable(path, e) from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+
+
+def unwritable(path, e):
+    full = "disk full: " * (e.errno == errno.ENOSPC)
+    return BadInput(f"{path}: cannot be written ({full}{e.strerror or e})")
+
+
+def to_json(value, indent=None):
+    """As JSON text, null where a number is not finite."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
 
 
 def write_json(path, value):
     with write_beside(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1) + "\n")
+        tmp.write_text(to_json(value, 1) + "\n")
 
 
-def read_json(path, what):
-    """The JSON value in `path`; BadInput (naming `what` it should be) if there is none."""
+def read_json(path, what, shape=dict):
+    """The JSON value in `path`; BadInput (naming `what` it should be) if there is none.
+
+    shape: a type; or {key: shape} of a dict whose keys may be absent, or [shape] of a list.
+    """
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; it should be {what}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: not JSON ({e}); it should be {what}") from None
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: cannot be read as JSON ({e}); it should be {what}") from None
+    if not is_like(value, shape):
+        raise BadInput(f"{path}: not as expected of {what}, which is like {shape}")
+    return value
+
+
+def is_like(value, shape):
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            is_like(value[k], s) for k, s in shape.items() if k in value
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(is_like(v, shape[0]) for v in value)
+    return isinstance(value, shape)
 
 
 def write_table(path, header, rows):
     """A CSV file with line feeds."""
-    with write_beside(path) as tmp, open(tmp, "w", newline="") as f:
+    how = {"newline": "", "errors": "surrogateescape"}
+    with write_beside(path) as tmp, open(tmp, "w", **how) as f:
         csv.writer(f, lineterminator="\n").writerows([header, *rows])
+
+
+def read_table(path, what="a CSV file"):
+    """The rows of a CSV file as dicts, by the names in its first line."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+            return [*csv.DictReader(f)]
+    except (OSError, csv.Error) as e:
+        raise BadInput(f"{path}: cannot be read ({e}); it should be {what}") from None
 
 
 # ---- processes -------------------------------------------------------------------------------
@@ -327,7 +369,12 @@ def save_checkpoint(path, **state):
     if "format" not in state:
         raise ValueError("a checkpoint needs its format")
     with write_beside(path) as tmp:
-        torch.save(state, tmp)
+        try:
+            torch.save(state, tmp)
+        except RuntimeError as e:  # PyTorch's writer does not say that the disk is full
+            free = shutil.disk_usage(tmp.parent).free
+            code = errno.ENOSPC if free < 2**26 else errno.EIO
+            raise OSError(code, str(e).splitlines()[0]) from None
 
 
 def load_checkpoint(path, format=None):
@@ -362,6 +409,8 @@ def resumed(parser, args, out, format):
     A flag that this call gives and that is not FREE must have the run's value.
     """
     path = Path(out) / "ckpt.pt"
+    # torchrun --max-restarts: what it starts again goes on
+    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not args.resume or not path.exists():
         return args, None
     state = load_checkpoint(path, format)
@@ -381,12 +430,12 @@ def resumed(parser, args, out, format):
     return argparse.Namespace(**{**vars(args), **saved, **changed, "out": str(out)}), state
 
 
-def restored(state, optimiser, best):
-    """Step and best score to begin with: of the run to resume, whose optimiser it sets, or 0."""
+def restored(state, optimiser, best, owes=False):
+    """Step, best score, and whether to validate before: of the run to resume, or of a new one."""
     if state is None:
-        return 0, best
+        return 0, best, owes
     optimiser.load_state_dict(state["optimiser"])
-    return state["step"], state["best"]
+    return state["step"], state["best"], state.get("owes", False)
 
 
 def open_run(out, args, machine, state=None):
@@ -398,6 +447,7 @@ def open_run(out, args, machine, state=None):
     out = Path(out)
     if not machine.main:
         return Log(None)
+    lock = lock_of(out)
     if state is None and (out / "ckpt.pt").exists():
         n = next(n for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
         (out / f"earlier-{n}").mkdir()
@@ -407,7 +457,33 @@ def open_run(out, args, machine, state=None):
     elif state is None and args.resume:
         machine.say(f"no checkpoint in {out}: starting at step 0")
     write_json(out / "args.json", vars(args))
-    return Log(out / "log.jsonl", state and state["step"])
+    if (out / "ckpt.pt").is_dir():
+        raise BadInput(f"{out / 'ckpt.pt'}: a folder is in the way of the checkpoint; remove it")
+    log = Log(out / "log.jsonl", state and state["step"])
+    log.lock = lock
+    return log
+
+
+def lock_of(out):
+    """The locked file out/.lock, which says who writes here; BadInput if another process does.
+
+    The system lets it go when its holder ends, however it ends.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a+")  # noqa: SIM115  (held as long as the run lasts)
+    except OSError as e:
+        raise BadInput(
+            f"{out}: cannot be written to ({e.strerror}); choose another --out"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise BadInput(f"{out}: in use by {lock.read()}; choose another --out") from None
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
+    return lock
 
 
 # ---- batches and schedules -------------------------------------------------------------------
@@ -427,31 +503,38 @@ def micro_batches(first_step, args, machine):
 
 def batches(dataset, numbers, args, machine):
     """The samples of `dataset` that `numbers` lists, a batch a list, from --workers processes."""
-    how = {"num_workers": args.workers, "pin_memory": machine.cuda}
-    return iter(DataLoader(dataset, batch_sampler=numbers, **how))
+    how = {"num_workers": args.workers, "pin_memory": machine.cuda, "worker_init_fn": deafen}
+    loader = iter(DataLoader(dataset, batch_sampler=numbers, **how))
+    # PyTorch's own handler raises wherever the program is, in the midst of a step too; without it
+    # a dead process is noticed when its batch is due
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader
 
 
-def training_batches(dataset, first_step, args, machine):
-    """What this rank trains on from a step on, a pass a batch."""
-    return batches(dataset, micro_batches(first_step, args, machine), args, machine)
+def deafen(_):
+    """In a loader's process: signals are for the process that it works for."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-def optimiser_step(optimiser, lr, clip=0.0, norm=False):
+def optimiser_step(optimiser, lr, clip=0.0):
     """Step with the rate `lr` (times a group's "scale"), gradients clipped to the norm `clip`.
 
-    Returns the gradients' norm (if it was clipped or is wanted, else None) and zeroes them.
+    Returns the gradients' norm and zeroes them. Where it is not finite, nothing changes.
     """
     weights = [w for group in optimiser.param_groups for w in group["params"]]
     grads = [w.grad for w in weights if w.grad is not None]
-    length = torch.nn.utils.get_total_norm(grads) if clip or norm else None
+    length = torch.nn.utils.get_total_norm(grads)
     if clip:
         torch.nn.utils.clip_grads_with_norm_(weights, clip, length)
     for group in optimiser.param_groups:
         group["lr"] = group.get("scale", 1.0) * lr
+    # what a GradScaler tells a fused optimiser, which then steps or not without asking the host
+    optimiser.grad_scale, optimiser.found_inf = None, (~length.isfinite()).float()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return length
@@ -468,33 +551,42 @@ def cosine_lr(step, steps, lr, warmup=0):
 # ---- the loop --------------------------------------------------------------------------------
 
 
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C while a loop validated."""
+
+
 class Loop:
     """The bookkeeping of a training loop: when to log, validate, save and stop; bar and clock.
 
         loop = Loop(args, machine, log, first, steps, "training", samples_per_s=args.batch)
+        samples = loop.batches(dataset)
         for step in loop:                       # first, first + 1, … steps − 1
-            loss, norm = train_step(…)          # tensors on the device
-            loop.took(loss, lr=lr, grad_norm=norm)
-            if loop.due(args.val_every):
-                with loop.paused():
+            loss = train_step(…)                # a tensor on the device
+            loop.update(optimiser, lr, loss, args.clip)
+            if loop.validates:
+                with loop.paused(hurried=True):
                     validate(loop.step)
             if loop.saves:
                 with loop.paused():
-                    save(loop.step)
+                    save(loop.step, owes=loop.owes)
 
     A row of the log has the means of the losses since the last row (each rank gives its share) and
     each quantity a step of `per_second` as a rate, of training alone. SIGTERM and Ctrl-C end the
-    loop after the step under way (a second Ctrl-C is obeyed at once); --stop-after likewise.
+    loop after the step under way or in the midst of validation, which the run then owes (a second
+    Ctrl-C is obeyed at once); --stop-after likewise.
     """
 
     def __init__(self, args, machine, log, first, steps, desc, **per_second):
         self.args, self.machine, self.log, self.per_second = args, machine, log, per_second
         self.step, self.steps = first, steps
         self.last = min(steps, first + args.stop_after) if args.stop_after else steps
-        self.asked = self.stopping = False
+        self.asked = self.stopping = self.owes = self.hurried = False
         self.enough = False  # True: the step under way, or the last one, ends the run
+        self.fault = None  # why the run cannot go on, once it is saved
         # asking other ranks whether to stop costs a GPU its queue: there only when a row is logged
         self.asks = machine.world == 1 or not machine.cuda
+        zero = torch.zeros((), device=machine.device)
+        self.skipped, self.row, self.third = zero, zero, zero - 1  # of steps that were not finite
         bar = {"total": steps, "initial": first, "desc": desc, "disable": not machine.main}
         self.bar = tqdm(**bar, mininterval=1, unit="step")
 
@@ -515,11 +607,16 @@ class Loop:
         if not self.finished:
             words = f"stopped at step {self.step} of {self.steps}, saved in {self.args.out}"
             self.machine.say(f"{words}: --resume goes on")
+        if self.fault:
+            raise BadInput(self.fault)
 
     def hear(self, number, frame):
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        if self.hurried:
+            self.hurried = False
+            raise Interrupted
 
     def agreed(self):
         """True on all ranks if any has been asked to stop."""
@@ -528,36 +625,92 @@ class Loop:
         asked = torch.tensor(float(self.asked), device=self.machine.device)
         return bool(self.machine.sum(asked).item())
 
-    def took(self, loss, **values):
-        """A step is done: its loss, a tensor or a dict of them, and what else a row shows."""
-        losses = loss if isinstance(loss, dict) else {"loss": loss}
-        self.total = self.total + torch.stack(list(losses.values()))
+    def batches(self, dataset):
+        """What this rank trains on from here on, a pass a batch.
+
+        Where a process of the loader dies, this one reads what the step under way lacks, and the
+        loop ends.
+        """
+        numbers, given = partial(micro_batches, self.step, self.args, self.machine), 0
+        try:
+            for batch in batches(dataset, numbers(), self.args, self.machine):
+                yield batch
+                given += 1
+        except BadInput as e:  # of a worker, which adds its traceback
+            raise BadInput(str(e).strip().splitlines()[-1].removeprefix("common.BadInput: ")) from e
+        except RuntimeError as e:
+            words = str(e).splitlines()[0]
+            self.fault = f"a process of the loader died ({words}): fewer --workers, or more memory"
+            self.asked = True
+        for rest in itertools.islice(numbers(), given, None):
+            yield default_collate([dataset[n] for n in rest])
+
+    def update(self, optimiser, lr, loss, clip=0.0):
+        """Step the optimiser; see `took`."""
+        self.took(loss, optimiser, lr=lr, grad_norm=optimiser_step(optimiser, lr, clip))
+
+    def took(self, loss, optimiser, **values):
+        """A step is done: its loss, a tensor or a dict of them, and what else a row shows.
+
+        A step whose gradients were not finite has changed nothing: it is counted and left out of
+        the means. BadInput after three in a row.
+        """
+        losses, bad = loss if isinstance(loss, dict) else {"loss": loss}, optimiser.found_inf
+        self.total = self.total + torch.stack([v.where(bad == 0, 0) for v in losses.values()])
+        self.skipped, self.row = self.skipped + bad, (self.row + bad) * bad
+        self.third = torch.where((self.third < 0) & (self.row > 2), float(self.step), self.third)
         self.step += 1
         self.bar.update()
+        if self.logged or self.saves or not self.machine.cuda:
+            self.check_finite()
         if not self.logged:
             return
         self.stopping = self.stopping or self.agreed()
-        steps = self.step - self.since
-        means = (self.machine.sum(self.total) / steps).tolist()
+        steps, skipped = self.step - self.since, int(self.skipped)
+        means = (self.machine.sum(self.total) / max(1, steps - skipped)).tolist()
         seconds = torch.tensor(time.perf_counter() - self.clock, device=self.machine.device)
         seconds = self.machine.sum(seconds).item() / self.machine.world  # one answer on all ranks
         self.asks = self.asks or seconds > steps
-        row = dict(zip(losses, means))
+        row = dict(zip(losses, means)) if skipped < steps else {}
         row |= {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         row |= {k: quantity * steps / seconds for k, quantity in self.per_second.items()}
+        row |= {"skipped": skipped} if skipped else {}
         self.log.write(step=self.step, **row, seconds=seconds)
-        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in losses}, refresh=False)
+        self.bar.set_postfix({k: f"{row.get(k, math.nan):.3f}" for k in losses}, refresh=False)
         self.total, self.since, self.clock = 0, self.step, time.perf_counter()
+        self.skipped = 0 * self.skipped
+
+    def check_finite(self):
+        third = int(self.third)
+        if third < 0:
+            return
+        size = self.args.batch
+        raise BadInput(
+            f"the gradients of steps {third - 2} to {third} were not finite (NaN or infinite), of "
+            f"samples {(third - 2) * size} to {(third + 1) * size - 1}; nothing was saved since. "
+            "Look at these samples, or begin again with a lower --lr"
+        )
 
     @contextlib.contextmanager
-    def paused(self):
-        """The clock stands still: rates are of training alone."""
-        start = time.perf_counter()
-        yield
+    def paused(self, hurried=False):
+        """The clock stands still: rates are of training alone. hurried: a signal breaks it off."""
+        start, self.hurried = time.perf_counter(), hurried
+        try:
+            yield
+        except Interrupted:
+            self.stopping = self.owes = True
+        self.hurried = False
         self.clock += time.perf_counter() - start
 
     def due(self, every):
         return self.step % every == 0 or self.step == self.steps or self.enough
+
+    @property
+    def validates(self):
+        """Whether to validate now. Not where it was asked to stop: the run then owes it."""
+        due = self.due(self.args.val_every)
+        self.owes = due and self.stopping
+        return due and not self.owes
 
     @property
     def saves(self):
@@ -565,7 +718,7 @@ class Loop:
 
     @property
     def finished(self):
-        return self.step >= self.steps or self.enough
+        return (self.step >= self.steps or self.enough) and not self.owes
 
 
 # ---- logs and figures ------------------------------------------------------------------------
@@ -587,8 +740,11 @@ class Log:
 
     def write(self, **row):
         if self.path is not None:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as f:
+                    f.write(to_json(row) + "\n")
+            except OSError as e:
+                raise unwritable(self.path, e) from None
 
 
 def read_log(path):

@@ -27,7 +27,6 @@ X Y Z voxels, K classes with the background, N cases or samples, B sequences, G 
 P³ voxels of a patch, F features.
 """
 
-import csv
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import defaultdict
@@ -57,6 +56,7 @@ from common import (
     load_checkpoint,
     machine_flags,
     read_json,
+    read_table,
     save_figure,
     setup,
     to_device,
@@ -909,7 +909,7 @@ def read_run(folder, args):
     """
     m = read_json(folder / "metrics.json", "the metrics of a run")
     try:
-        task, labels, init = args["task"], float(args["labels"]), args["init"]
+        task, labels, init = args["task"], str(args["labels"]), args["init"]
         init += ", frozen" * args["freeze"]
         if "mean_dice" in m:
             metric, value, dice, seed = "Dice", m["mean_dice"], m["dice"], args["seed"]
@@ -918,7 +918,7 @@ def read_run(folder, args):
             metric, value, dice, seed = "AUC", m["test"]["auc"]["value"], {}, m["seed"]
             cases, scores = read_scores(folder / "scores.csv")
         run = {"seed": seed, "value": float(value), "dice": dice, "cases": cases, "scores": scores}
-        run |= {"task": f"{task}, {metric}", "name": f"{init}, {labels:g}"}
+        run |= {"task": f"{task}, {metric}", "name": f"{init}, {labels}"}
         settings = {f"{k} {v}" for k, v in args.items() if k not in ASIDE}
         return {**run, "cell": (task, labels, metric, init), "settings": settings}
     except (KeyError, TypeError, OSError) as e:
@@ -928,8 +928,7 @@ def read_run(folder, args):
 
 def read_scores(path):
     """Test cases of a scores.csv: (file, patient, label) of each, and probabilities [N, K]."""
-    with open(path, newline="") as f:
-        rows = [r for r in csv.DictReader(f) if r["split"] == "test"]
+    rows = [r for r in read_table(path) if r["split"] == "test"]
     probs = [[float(v) for name, v in r.items() if name.startswith("p_")] for r in rows]
     return [(r["file"], r["patient"], int(r["label"])) for r in rows], np.array(probs)
 

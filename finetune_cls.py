@@ -17,15 +17,15 @@ scores · logistic regression · reports · pictures
 B batch, X Y Z voxels, G patches, C width, K classes, N cases.
 """
 
-import csv
+import os
 import re
-import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import fmean
+from zipfile import BadZipFile
 
 import nibabel as nib
 import numpy as np
@@ -47,8 +47,8 @@ from common import (
     fill,
     load_checkpoint,
     open_run,
-    optimiser_step,
     read_log,
+    read_table,
     restored,
     resumed,
     save_checkpoint,
@@ -56,7 +56,6 @@ from common import (
     setup,
     split_batch,
     to_device,
-    training_batches,
     training_flags,
     write_beside,
     write_json,
@@ -67,13 +66,14 @@ from model import (
     Config,
     Model,
     choose_kernels,
+    config_of,
     fit,
     grid_of,
     layer_decay_groups,
     new_encoder,
 )
 from phantom import draw_planes, write_phantom
-from serialize import digest, label_subset, normalise, patient_of, read_scan, stamp_of, stem_of
+from serialize import digest, label_subset, normalise, patient_of, read_scan, stamp_of, suffix_of
 
 # ---- arguments -------------------------------------------------------------------------------
 
@@ -126,7 +126,8 @@ def parser():
     )
     add("--lists", nargs=3, help="ricord: train, val, test; lines FILE LABEL (default in --data)")
     add("--patient", help="a patient's pattern in a path (default RICORD's names; else the file's)")
-    add("--labels", type=float, default=1.0, help="share of the training patients of each class")
+    words = "share of the training patients of each class, or a list of their names (default 1)"
+    add("--labels", default="1", help=words)
     add("--volume", type=int, nargs=3, help="X Y Z voxels (published: 128³, ricord 128x128x64)")
     add("--range", type=float, nargs=2, help="intensities for 0 and 1 (published: ricord 0 1400)")
     add = p.add_argument_group("training").add_argument
@@ -231,38 +232,46 @@ def main():
     optimiser = torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)
     if state:
         fit(model, state["model"], out / "ckpt.pt")
-    first, best = restored(state, optimiser, [-1.0, -float("inf"), 0])  # AUC, −loss, step
+    start = [-1.0, -float("inf"), 0]  # AUC, −loss, step
+    first, best, owes = restored(state, optimiser, start)
     log = open_run(out, args, machine, state)
     if machine.main:
         write_table(out / "skipped.csv", ["file", "split", "reason"], skipped)
 
     def save(name, **more):
         if machine.main:
-            more |= {"format": CLASSIFIER, "config": asdict(encoder.config), "step": loop.step}
+            more |= {"format": CLASSIFIER, "config": asdict(encoder.config)}
             more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
             save_checkpoint(out / name, **more)
 
+    def validate_at(step):
+        nonlocal best
+        reached = validate(model, val, log, step, machine)
+        if reached[:2] > best[:2]:  # of equal AUCs the lower loss
+            save("best.pt", step=step)
+            best = reached
+
     # loop
-    samples = training_batches(Stream(train, args.seed, args.flip), first, args, machine)
+    if owes:
+        validate_at(first)
     loop = Loop(args, machine, log, first, args.steps, "training", samples_per_s=args.batch)
     enough = args.patience * args.val_every or args.steps  # steps without a better AUC
     loop.enough = first - best[2] >= enough
+    samples = loop.batches(Stream(train, args.seed, args.flip))
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         if args.schedule == "poly":  # RICORD's
             lr = args.lr * (1 - step / args.steps) ** 0.9
         loss = train_step(net, samples, weights, args, machine)
-        norm = optimiser_step(optimiser, lr, args.clip, loop.logged)
-        loop.took(loss, lr=lr, grad_norm=norm)
-        with loop.paused():
-            if loop.due(args.val_every):
-                reached = validate(model, val, log, loop.step, machine)
-                if reached[:2] > best[:2]:  # of equal AUCs the lower loss
-                    best = reached
-                    save("best.pt")
+        loop.update(optimiser, lr, loss, args.clip)
+        if loop.validates:
+            with loop.paused(hurried=True):
+                validate_at(loop.step)
                 loop.enough = loop.step - best[2] >= enough
-            if loop.saves:
-                save("ckpt.pt", best=best, optimiser=optimiser.state_dict())
+        if loop.saves:
+            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
+            with loop.paused():
+                save("ckpt.pt", step=loop.step, **more)
     if not loop.finished:
         return
 
@@ -328,6 +337,13 @@ def list_cases(task, data, lists, pattern, machine):
                 f"{data}: cases of {least} classes are needed in the {split} split, which has "
                 f"{sorted(have) or 'none'}"
             )
+    seen = {}
+    for c in cases:
+        key = c["file"] if isinstance(c["source"], np.ndarray) else os.path.realpath(c["source"])
+        first = seen.setdefault(key, c)
+        if first is not c:
+            both = " and ".join(f"{r['split']} with label {r['label']}" for r in (first, c))
+            raise BadInput(f"{data}: {c['file']} is listed twice, as {both}; list it once")
     both = shared(cases, "patient")
     if both:
         raise BadInput(
@@ -348,7 +364,7 @@ def shared(cases, key):
 
 def case_of(at, most, pattern, file, split, label, patient, source):
     """What a list says of a case, as a case; BadInput if its file, split or label is none."""
-    if not file or isinstance(source, Path) and not source.exists():
+    if not file or isinstance(source, Path) and not os.path.exists(source):
         raise BadInput(f"{at}: no such file {source}")
     if split not in SPLITS:
         raise BadInput(f"{at}: split {split!r}; it is one of {', '.join(SPLITS)}")
@@ -361,7 +377,7 @@ def case_of(at, most, pattern, file, split, label, patient, source):
         "file": file,
         "split": split,
         "label": int(label),
-        "patient": patient or known or stem_of(file),
+        "patient": patient or known or file.removesuffix(suffix_of(file) or ""),
         "source": source,
     }
 
@@ -377,7 +393,7 @@ def listed_in_npz(path, _):
                 for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                     name = f"{split}/{i:05d}"
                     yield name, split, str(label), name, image
-    except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as e:
+    except (OSError, EOFError, LookupError, ValueError, TypeError, MemoryError, BadZipFile) as e:
         raise BadInput(
             f"{path}: cannot be read as MedMNIST's npz ({e}); --data names nodulemnist3d.npz or "
             "nodulemnist3d_64.npz, from medmnist.com, or its folder"
@@ -394,7 +410,7 @@ def listed_in_lists(folder, lists):
 
 def listed_in_csv(path, _):
     """A CSV with the columns file,label,split and, if you like, patient; paths relative to it."""
-    for row in csv.DictReader(lines_of(path, "a CSV with columns file,label,split[,patient]")):
+    for row in read_table(path, "a CSV with columns file,label,split[,patient]"):
         file, split, label = (row.get(k) or "" for k in ("file", "split", "label"))
         yield file, split, label.strip(), row.get("patient"), path.parent / file
 
@@ -462,9 +478,11 @@ def prepare_all(cases, shape, intensity_range, machine):
         machine.say(words)
     for split in {*column(cases, "split")} - {*column(usable, "split")}:
         raise BadInput(f"no scan of the {split} split can be used: {words}")
-    twice = shared(usable, "array")
+    twice = shared(usable, "voxels")
     if twice:
-        machine.say(f"warning: {len(twice)} images stand in more than one split, voxel for voxel")
+        files = ", ".join(f"{c['file']} ({c['split']})" for c in usable if c["voxels"] == twice[0])
+        words = f"{len(twice)} images stand in more than one split, voxel for voxel"
+        raise BadInput(f"{words}, as {files}: list each once")
     if intensity_range and np.median(column(usable, "statistics")[:, -5]) < intensity_range[0]:
         machine.say(
             f"warning: more than half of the voxels lie below --range {intensity_range[0]:g} and "
@@ -481,7 +499,7 @@ def prepare_whole(case, shape, intensity_range):
     source = case["source"]
     listed = isinstance(source, np.ndarray)
     stamp = digest(source.tobytes(), 16) if listed else [str(source.resolve()), *stamp_of([source])]
-    path = CACHE / f"{digest(f'2 {stamp} {shape} {intensity_range}'.encode(), 16)}.npz"
+    path = CACHE / f"{digest(f'3 {stamp} {shape} {intensity_range}'.encode(), 16)}.npz"
     ready = case | {"source": None, "array": str(path)}
     try:
         if not path.exists():
@@ -491,9 +509,10 @@ def prepare_whole(case, shape, intensity_range):
             unit = normalise(values, intensity_range or "percentiles")
             volume = resize_whole(unit, shape).astype(np.float16)
             with write_beside(path) as tmp:
-                np.savez(tmp, volume=volume, statistics=statistics(values, *affines))
+                voxels = digest(np.ascontiguousarray(values), 16)
+                np.savez(tmp, volume=volume, statistics=statistics(values, *affines), voxels=voxels)
         with np.load(path) as z:
-            return ready | {"statistics": z["statistics"]}
+            return ready | {"statistics": z["statistics"], "voxels": str(z["voxels"])}
     except BadInput as e:
         return ready | {"reason": str(e)}
 
@@ -577,7 +596,7 @@ def load_classifier(path):
     range).
     """
     state = load_checkpoint(path, CLASSIFIER)
-    encoder = Model(Config(**state["config"]))
+    encoder = Model(config_of(Config, state, path))
     net = Classifier(encoder, len(state["classes"]), state["args"]["pool"])
     fit(net, state["model"], path)
     return net, state

@@ -24,7 +24,9 @@ import os
 import re
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -46,9 +48,9 @@ from common import (
     draw_curves,
     figure_of,
     fill,
+    is_like,
     load_checkpoint,
     open_run,
-    optimiser_step,
     read_json,
     read_log,
     restored,
@@ -57,13 +59,21 @@ from common import (
     save_figure,
     setup,
     split_batch,
-    training_batches,
     training_flags,
     write_beside,
     write_json,
     write_table,
 )
-from model import Config, Model, choose_kernels, fit, grid_of, layer_decay_groups, new_encoder
+from model import (
+    Config,
+    Model,
+    choose_kernels,
+    config_of,
+    fit,
+    grid_of,
+    layer_decay_groups,
+    new_encoder,
+)
 from phantom import write_phantom
 from serialize import (
     apart,
@@ -72,15 +82,18 @@ from serialize import (
     label_subset,
     linear_weights,
     normalise,
+    read_h5,
     read_scan,
+    resampled,
     stamp_of,
     stem_of,
+    suffix_of,
     text_of,
 )
 
 # ---- arguments -------------------------------------------------------------------------------
 
-SEGMENTER = "ar3d-seg-2"  # the `format` of the checkpoints that hold a Segmenter
+SEGMENTER = "ar3d-seg-3"  # the `format` of the checkpoints that hold a Segmenter
 FEATURES = 16  # of UNETR's decoder (published)
 FOREGROUND = 0.5  # share of crops centred on a labelled voxel, its class drawn first (published)
 WINDOWS = 4  # of the sliding window, a forward pass
@@ -181,9 +194,12 @@ def parser():
     add("--classes", nargs="+", help="labels 1, 2, … (default: the task's, or dataset.json's)")
     add("--range", nargs="+", help="LOW HIGH, percentiles or zscore (default: the task's)")
     add("--spacing", nargs=3, type=float, metavar="MM", help="(default: the task's; nano 4.5)")
-    add("--labels", type=float, default=1.0, help="share of the patients to train on (default 1)")
+    words = "share of the patients to train on, or a list of their names (default 1)"
+    add("--labels", default="1", help=words)
     add = p.add_argument_group("training").add_argument
     add("--init", help=f"a file, scratch or scratch:SIZE (default: {PRETRAINED} if it is there)")
+    words = "published: unetr; light: no path from the scan but through the tokens"
+    add("--decoder", choices=["unetr", "light"], default="unetr", help=words)
     add("--freeze", action="store_true", help="train the decoder alone")
     add("--preset", choices=[*PRESETS], help="(default: published with CUDA, nano without)")
     words = "edges of a crop in voxels, one or three (published: 96; la 192 192 64; nano 64)"
@@ -228,7 +244,8 @@ def settle(args, machine):
     args.flip *= args.augment != "none"
     args.intensity *= standard
     args.rotate *= standard and roi[0] == roi[1]  # by 90° the edges along x and y change places
-    setting = {k: vars(args)[k] for k in ("task", "data", "mr_after", "spacing", "overlap")}
+    kept = ("task", "data", "mr_after", "spacing", "overlap", "decoder")
+    setting = {k: vars(args)[k] for k in kept}
     return setting | {"intensity_range": parse_range(args.range), "roi": roi, "features": FEATURES}
 
 
@@ -289,7 +306,7 @@ def main():
     fill(args, {"val_every": -(-args.steps // args.vals)})
     fill(args, {"save_every": args.val_every})
     machine.say(
-        f"{args.data}: {len(train)} volumes to train on (--labels {args.labels:g}), {len(val)} to "
+        f"{args.data}: {len(train)} volumes to train on (--labels {args.labels}), {len(val)} to "
         f"validate, {len(classes)} classes; {args.steps} steps of {args.batch} volumes x "
         f"{args.crops} crops of {text_of(setting['roi'])} at {args.spacing or 'their own'} mm"
     )
@@ -306,7 +323,7 @@ def main():
                 f"--data {args.data}: holds other cases than the run to resume trains on"
             )
         fit(model, state["model"], out / "ckpt.pt")
-    first, best = restored(state, optimiser, -1.0)
+    first, best, owes = restored(state, optimiser, -1.0)
     log = open_run(out, args, machine, state)
     if machine.main:
         write_json(out / "subset.json", {"train": names, "val": [c["id"] for c in val]})
@@ -317,28 +334,33 @@ def main():
             more |= {"format": SEGMENTER, "config": asdict(model.encoder.config)}
             save_checkpoint(out / name, **more, setting=setting, model=model.state_dict())
 
+    def validate_at(step):
+        nonlocal best, dice
+        dice, mean = validate(model, val, setting, step, log, out, machine)
+        if not mean <= best:
+            save("best.pt", step=step, val_dice=mean)
+            best = mean
+
     # loop
-    draws = Crops(train, setting["roi"], args.crops, args.seed)
-    samples = training_batches(draws, first, args, machine)
+    if owes:
+        validate_at(first)
     speed = {"samples_per_s": args.batch * args.crops}
     loop, waited = Loop(args, machine, log, first, args.steps, "segmentation", **speed), 0.0
+    samples = loop.batches(Crops(train, setting["roi"], args.crops, args.seed))
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, round(args.warmup * args.steps))
         loss, seconds = train_step(net, samples, args, machine)
-        norm = optimiser_step(optimiser, lr, args.clip, loop.logged)
         waited += seconds
         if loop.logged:  # seconds a step, so that their rate is the share of the time
             loop.per_second["waiting"], waited = waited / (step + 1 - loop.since), 0.0
-        loop.took(loss, lr=lr, grad_norm=norm)
-        with loop.paused():
-            if loop.due(args.val_every):
-                dice, mean = validate(model, val, setting, loop.step, log, out, machine)
-                if mean > best:
-                    best = mean
-                    save("best.pt", step=loop.step, val_dice=mean)
-            if loop.saves:
-                more = {"optimiser": optimiser.state_dict(), "train": names, "args": vars(args)}
-                save("ckpt.pt", step=loop.step, best=best, **more)
+        loop.update(optimiser, lr, loss, args.clip)
+        if loop.validates:
+            with loop.paused(hurried=True):
+                validate_at(loop.step)
+        if loop.saves:
+            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
+            with loop.paused():
+                save("ckpt.pt", step=loop.step, train=names, args=vars(args), **more)
     if loop.finished:
         if dice is None:  # the run to resume was at its end
             dice, _ = evaluate(model, val, setting, machine)
@@ -350,7 +372,7 @@ def build(args, state, setting, machine):
     """The encoder of --init (or of the run to resume) and a fresh decoder, on the device."""
     torch.manual_seed(args.seed)
     if state:
-        encoder = Model(Config(**state["config"]))
+        encoder = Model(config_of(Config, state, args.out))
     else:
         encoder = new_encoder(args.init, "base" if machine.cuda else "nano", machine)
     encoder.requires_grad_(not args.freeze)
@@ -362,12 +384,13 @@ def build(args, state, setting, machine):
         # written (torch 2.13 on CPUs)
         machine.dtype = torch.float32
         machine.say(f"--roi {roi}: less than 4 patches, where bf16 fails on CPUs: float32")
-    model = Segmenter(encoder, len(setting["classes"]) + 1, setting["features"])
+    shape = setting["features"], args.decoder
+    model = Segmenter(encoder, len(setting["classes"]) + 1, *shape)
     choose_kernels(encoder, args, machine)
     weights = sum(w.numel() for w in model.parameters()) / 1e6
     machine.say(
         f"--init {args.init}: {encoder.config.layers} layers, width {encoder.config.width}"
-        f"{' (frozen)' if args.freeze else ''}; with UNETR's decoder {weights:.1f} M parameters, "
+        f"{' (frozen)' if args.freeze else ''}; with its decoder {weights:.1f} M parameters, "
         f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}"
     )
     return model.to(machine.device)
@@ -377,6 +400,7 @@ def build(args, state, setting, machine):
 # A case is a dict: id, image, label (paths), split. What lists them yields these four.
 
 SPLITS = (("train", "training", "Tr"), ("val", "validation", "Va"))
+CONTENTS = {"labels": dict, "training": list, "validation": list}  # of dataset.json
 
 
 def make_phantom(task, data, machine):
@@ -398,8 +422,9 @@ def find_cases(name, data, classes, machine):
         raise BadInput(f"{root}: no such folder. --task {name} needs {task['source']}; {LAYOUT}")
     for file in ("dataset.json", "dataset_withVal.json"):  # the second has the last word
         if (root / file).exists():
-            notes = read_json(root / file, "the table of contents of the Decathlon layout")
-    named = {int(k): str(v) for k, v in notes.get("labels", {}).items() if k.strip("0").isdigit()}
+            notes = read_json(root / file, "the Decathlon's table of contents", CONTENTS)
+    labels = notes.get("labels", {}).items()
+    named = {int(k): str(v) for k, v in labels if k.isdecimal() and k.strip("0")}
     classes = classes or task["classes"] or [named[k] for k in sorted(named)]
     if not 1 <= len(classes) <= 255:
         raise BadInput(
@@ -412,6 +437,18 @@ def find_cases(name, data, classes, machine):
         words = f"{folder} {'holds no *.nii.gz' if folder.is_dir() else 'does not exist'}"
         raise BadInput(f"{root}: no labelled scans ({LAYOUT}); {words}")
     cases = [dict(zip(("id", "image", "label", "split"), map(str, row))) for row in rows]
+    often = Counter(c["id"] for c in cases)
+    for c in cases:
+        if often[c["id"]] > 1:  # files of one name: told apart by their folders
+            c["id"] = os.path.relpath(c["image"].removesuffix(suffix_of(c["image"])), root)
+    for key in ("id", "image", "label"):
+        seen = {}
+        for c in cases:
+            value = c[key] if key == "id" else os.path.realpath(c[key])
+            first = seen.setdefault(value, c)
+            if first is not c:
+                both = f"{first['id']} ({first['split']}) and {c['id']} ({c['split']})"
+                raise BadInput(f"{root}: cases {both} have one {key}, {c[key]}; list it once")
     if all(c["split"] == "train" for c in cases):
         machine.say(f"{root}: lists no validation cases; a hash of the id keeps a fifth")
         cases.sort(key=lambda c: hash_share(c["id"]))
@@ -431,7 +468,9 @@ def listed(root, notes):
     """Cases of dataset.json with both image and label (entries without one are test scans)."""
     for split, key, _ in SPLITS:
         for e in notes.get(key, []):
-            if isinstance(e, dict) and e.keys() >= {"image", "label"} and "/._" not in e["image"]:
+            if not is_like(e, {"image": str, "label": str}):
+                continue  # a test scan has no label
+            if e.keys() >= {"image", "label"} and "/._" not in e["image"]:
                 image = root / e["image"]
                 yield stem_of(image), image, root / e["label"], split
 
@@ -474,13 +513,12 @@ def read_case(case, K):
     BadInput names the file at fault.
     """
     for what in ("image", "label"):
-        if not os.path.exists(case[what]):
+        if not os.path.isfile(case[what]):
             raise BadInput(f"{case[what]}: no such {what} file, though it is listed")
+    values, ras, own = read_named(case["image"])
     if case["image"].endswith(".h5"):
-        values, labels = read_h5(case["image"])
-        ras = own = grid = np.eye(4)
+        labels, grid = read_named(case["label"], partial(read_h5, name="label"))
     else:
-        values, ras, own = read_named(case["image"])
         labels, grid, _ = read_named(case["label"])
     gap = apart(grid, ras, values.shape)
     low, high, whole = labels.min(), labels.max(), labels.astype(np.uint8)
@@ -497,24 +535,12 @@ def read_case(case, K):
     raise BadInput(f"{case['label']}: {wrong}")
 
 
-def read_named(path):
-    """`read_scan`, where BadInput names the file."""
+def read_named(path, reader=read_scan):
+    """reader(path), where BadInput names the file."""
     try:
-        return read_scan(path)
+        return reader(path)
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
-
-
-def read_h5(path):
-    try:
-        import h5py
-    except ImportError:
-        raise BadInput(f"{path}: HDF5 files need h5py: pip install h5py") from None
-    try:
-        with h5py.File(path) as f:
-            return f["image"][:], f["label"][:]
-    except (OSError, KeyError) as e:
-        raise BadInput(f"{path}: not an HDF5 file with image and label ({e})") from None
 
 
 # ---- preparation and back --------------------------------------------------------------------
@@ -529,9 +555,7 @@ def prepare(values, ras, own, spacing, intensity_range):
     """
     if values.ndim != 3:
         raise BadInput(f"{values.ndim}D ({text_of(values.shape)}), and one volume is needed")
-    size = nib.affines.voxel_sizes(ras)
-    extent = np.multiply(values.shape, size)
-    shape = [max(1, round(n)) for n in (extent / (spacing or size)).tolist()]
+    shape, grid = resampled(values.shape, ras, spacing)
     volume = torch.from_numpy(normalise(values, intensity_range))[None, None]
     volume = F.interpolate(volume, shape, mode="trilinear")[0, 0].numpy()
     geometry = {
@@ -539,7 +563,7 @@ def prepare(values, ras, own, spacing, intensity_range):
         "affine": own.tolist(),
         "resampled": shape,
         "box": box_of(volume > volume.min()),
-        "spacing": (extent / shape).tolist(),
+        "spacing": nib.affines.voxel_sizes(grid).tolist(),
     }
     return np.ascontiguousarray(volume[boxed(geometry["box"])], np.float16), geometry
 
@@ -630,7 +654,7 @@ def prepare_all(cases, setting, machine):
         intensity_range = range_of_case(c, setting["intensity_range"], setting["mr_after"])
         how = [len(setting["classes"]) + 1, setting["spacing"], intensity_range]
         key = repr((VERSION, files, stamp_of(files), how)).encode()
-        path = f"{folder / c['id']}-{digest(key, 6)}"
+        path = f"{folder / c['id'].replace('/', '_')[:80]}-{digest(key, 6)}"
         jobs.append(c | {"path": path, "how": how})
     machine.say(f"{len(jobs)} cases; prepared scans are kept in {folder}")
     failed, usable = [], {"train": [], "val": []}
@@ -870,17 +894,39 @@ class Decoder(nn.Module):
         return self.out(x)
 
 
+class Light(nn.Module):
+    """Two transposed convolutions up from the tokens: no path from the scan but through them.
+
+    So what it reaches is what the encoder knows (after Primus, Wald et al. 2025).
+    """
+
+    def __init__(self, width, patch, classes, f):
+        super().__init__()
+        first = 2 ** (patch.bit_length() // 2)
+        self.enter = upsampler(4 * width, 8 * f, first)
+        self.up = upsampler(8 * f, 2 * f, patch // first)
+        self.out = nn.Conv3d(2 * f, classes, 1)
+
+    def forward(self, scan, grids):
+        """As `Decoder.forward`."""
+        x = F.leaky_relu(instance_norm(self.enter(torch.cat(grids, 1))), 0.01)
+        return self.out(F.leaky_relu(instance_norm(self.up(x)), 0.01))
+
+
+DECODERS = {"unetr": Decoder, "light": Light}
+
+
 class Segmenter(nn.Module):
-    """Encoder with all visible to all, and UNETR's decoder: [B, X, Y, Z] -> logits [B, K, X, Y, Z].
+    """Encoder with all visible to all, and a decoder: [B, X, Y, Z] -> logits [B, K, X, Y, Z].
 
     Any size that the patch divides, whatever the pre-training grid: positions are computed. Skips
     are the outputs of blocks L/4, L/2 and 3L/4 (0-based; 3, 6 and 9 of 12), and the final norm.
     """
 
-    def __init__(self, encoder, classes, features=FEATURES):
+    def __init__(self, encoder, classes, features=FEATURES, decoder="unetr"):
         super().__init__()
-        self.encoder = encoder
-        self.decoder = Decoder(encoder.config.width, encoder.config.patch, classes, features)
+        c, self.encoder = encoder.config, encoder
+        self.decoder = DECODERS[decoder](c.width, c.patch, classes, features)
         encoder.head.requires_grad_(False)  # predicts patches: no part in this
 
     def forward(self, volume):
@@ -894,8 +940,9 @@ class Segmenter(nn.Module):
 def load_segmenter(path):
     """The Segmenter in a checkpoint, and its setting: task, classes, intensity range, roi, …"""
     state = load_checkpoint(path, SEGMENTER)
-    setting, encoder = state["setting"], Model(Config(**state["config"]))
-    net = Segmenter(encoder, len(setting["classes"]) + 1, setting["features"])
+    setting, encoder = state["setting"], Model(config_of(Config, state, path))
+    shape = setting["features"], setting["decoder"]
+    net = Segmenter(encoder, len(setting["classes"]) + 1, *shape)
     fit(net, state["model"], path)
     return net, setting
 

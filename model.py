@@ -60,6 +60,11 @@ class Config:
             raise BadInput(f"target vq needs the number of codes, not {self.codes}")
 
     @property
+    def least(self):
+        """Weights of the blocks and the embedding: a file of fewer is not of this configuration."""
+        return 12 * self.layers * self.width**2 + self.patch**3 * self.width
+
+    @property
     def outputs(self):
         return self.codes if self.target == "vq" else self.patch**3
 
@@ -345,7 +350,7 @@ def load_pretrained(path, heads=None):
     """
     state = load_checkpoint(path)
     if state.get("format") == FORMAT:
-        config, weights = Config(**state["config"]), state["model"]
+        config, weights = config_of(Config, state, path), state["model"]
         if heads not in (None, config.heads):
             raise BadInput(f"{path}: has {config.heads} heads, not {heads}; choose another --size")
     elif "model.embed_tokens.weight" in (state.get("state_dict") or {}):
@@ -362,9 +367,9 @@ def load_pretrained(path, heads=None):
 
 
 def fit(net, weights, path):
-    """load_state_dict, strict, with one line for what does not fit."""
-    want = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in weights.items()}
+    """load_state_dict, strict, with one line for what does not fit or is not finite."""
+    want = {k: kind_of(v) for k, v in net.state_dict().items()}
+    have = {k: kind_of(v) for k, v in weights.items()}
     wrong = []
     for k in sorted(want.keys() | have.keys()):
         if want.get(k) != have.get(k):
@@ -372,7 +377,28 @@ def fit(net, weights, path):
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise BadInput(f"{path}: {len(wrong)} weights do not fit: {'; '.join(wrong[:4])}{more}")
+    broken = [k for k, v in weights.items() if not v.isfinite().all()]
+    if broken:
+        raise BadInput(f"{path}: {len(broken)} weights are NaN or infinite, {broken[0]} first")
     net.load_state_dict(weights)
+
+
+def kind_of(tensor):
+    """What must agree for a weight to be loaded: its shape, and that it holds real numbers."""
+    return tuple(tensor.shape), "" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def config_of(cls, state, path):
+    """cls(**state["config"]); BadInput where that is none, or too large for the weights beside."""
+    try:
+        config = cls(**state["config"])
+        weights = sum(w.numel() for w in state["model"].values())
+        wanted = config.least
+    except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError) as e:
+        raise BadInput(f"{path}: its configuration cannot be read ({e!r})") from None
+    if not 0 < wanted <= weights:
+        raise BadInput(f"{path}: its configuration wants more weights than the {weights:,} it has")
+    return config
 
 
 PUBLISHED_NAMES = (  # in a block: theirs, ours

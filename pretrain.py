@@ -45,7 +45,6 @@ from common import (
     setup,
     split_batch,
     to_device,
-    training_batches,
     training_flags,
     write_json,
 )
@@ -205,7 +204,7 @@ def main():
         args.steps = max(1, round(EPOCHS * crops / args.batch))
     val_batches = validation_set(val, G, args, machine)
     rivals = find_rivals(model, tokenizer, encode, val_batches, G, machine)
-    first, best = restored(state, optimiser, math.inf)
+    first, best, owes = restored(state, optimiser, math.inf, owes=True)
     log = open_run(out, args, machine, state)
     kept = {"args": vars(args)}
     if tokenizer is not None:
@@ -224,27 +223,28 @@ def main():
         log.write(step=step, val_loss=mean, **{f"val_{k}": v for k, v in losses.items()}, **scores)
         if machine.main:
             draw_losses(out, rivals)
-        if mean < best:
-            best = mean
+        if not mean >= best:
             save("best.pt", step=step, val_loss=mean)
+            best = mean
 
     # the loop
-    if first == 0:
-        validate(0)
-    samples = training_batches(train, first, args, machine)
+    if owes:
+        validate(first)
     flops = model.flops([args.volume] * 3, 0 if args.attention == "causal" else None) * args.batch
     speed = {"samples_per_s": args.batch, "mfu": flops / machine.world / matmul_rate(machine)}
     loop = Loop(args, machine, log, first, args.steps, "pre-training", **speed)
+    samples = loop.batches(train)
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         loss = train_step(net, samples, encode, step, G, args, machine)
-        norm = optimiser_step(optimiser, lr, args.clip, loop.logged)
-        loop.took(loss, lr=lr, grad_norm=norm)
-        with loop.paused():
-            if loop.due(args.val_every):
+        loop.update(optimiser, lr, loss, args.clip)
+        if loop.validates:
+            with loop.paused(hurried=True):
                 validate(loop.step)
-            if loop.saves:
-                save("ckpt.pt", step=loop.step, best=best, optimiser=optimiser.state_dict())
+        if loop.saves:
+            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
+            with loop.paused():
+                save("ckpt.pt", step=loop.step, **more)
     if loop.finished and machine.main:
         draw_samples(out / "samples.png", model, val, tokenizer, machine)
         report(read_log(out / "log.jsonl"), rivals, out, machine)

@@ -6,6 +6,9 @@
     python serialize.py --out data/corpus --inspect   # draws one sequence of each kind, numbered
     python serialize.py --out data/corpus --bench     # samples a second, bytes a sample, disk
     python serialize.py --bench         # the same of noise in full size: half a minute, 0.7 GB
+    python serialize.py --spatial data/amos --check   # what would be read, and what not and why
+    python serialize.py --out data/corpus --check     # whether every array is as it was written
+    python serialize.py --audit data/corpus data/msd  # which test scans were pre-trained on
 
 Run it again to add scans, or to go on after a stop: what the corpus already holds is not read
 again. A corpus is
@@ -13,15 +16,15 @@ again. A corpus is
     arrays/*.npy    one int16 array a scan, [X, Y, Z] in RAS+; value = stored · slope + inter
     skipped.csv     every file that could not be used, and why
 
-Sections: arguments · reading scans · jobs, one a scan or case · building a corpus · splits ·
-sequences · finding a corpus · inspect · bench
+Sections: arguments · reading scans · jobs, one a scan or case · building a corpus · checking and
+auditing · splits · sequences · finding a corpus · inspect · bench
 
 X Y Z voxels, S sub-images of a sequence laid side by side along z, D = Z/S their depth.
 """
 
 import argparse
-import csv
 import fnmatch
+import gzip
 import hashlib
 import json
 import math
@@ -30,7 +33,8 @@ import re
 import tempfile
 import time
 from collections import Counter, defaultdict
-from functools import lru_cache
+from functools import lru_cache, partial
+from glob import escape
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
@@ -44,9 +48,11 @@ from common import (
     BadInput,
     check_least,
     cli,
+    cores,
     figure_of,
     keep_freed_memory,
     parallel,
+    read_table,
     save_figure,
     write_beside,
     write_table,
@@ -60,10 +66,14 @@ CONTRASTS = ("t1n", "t1c", "t2w", "t2f")  # BraTS 2023, in the published order
 PUBLISHED = {"spatial": 50, "contrast": 100, "semantic": 20_000}
 NIFTI = (".nii", ".nii.gz", ".hdr")
 SITK = (".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")
+ARRAYS = (".h5", ".npz")  # UA-MT's left atria, MedMNIST's volumes
+ATRIUM = 0.625  # mm, isotropic: what the challenge's atria have and their HDF5 files do not say
 # label maps: matched below the folder that is named, in lower case
 LABELS = ("*/label*/*", "*/mask*/*", "*/segmentation*/*", "*/derivatives/*")
-LABELS += ("*[-_]seg.*", "*[-_]seg[-_.]*", "*[-_]mask.*", "*[-_]msk.*", "*[-_]label.*")
+LABELS += ("*[-_]seg.*", "*[-_]mask.*", "*[-_]msk.*", "*[-_]label.*")
 SMALLEST = 8  # voxels along an axis; less is a 2D image or a scout
+LARGEST = 2**29  # voxels of a scan, as it is or resampled
+SLACK = 2**20  # bytes that may follow the voxels in a file
 
 # ---- arguments -------------------------------------------------------------------------------
 
@@ -89,8 +99,12 @@ def flags():
     add(
         "--val", type=float, default=0.05, help="share of the patients that validate (default 0.05)"
     )
+    add("--spacing", nargs=3, type=float, metavar="MM", help="of what is stored (default: its own)")
     add("--workers", type=int, help="processes (default: one a core)")
     add("--seed", type=int, default=0)
+    add("--check", action="store_true", help="of the scans named, or of a corpus: what is amiss")
+    words = "tell which scans of DATA are in a corpus, by their voxels and by patient"
+    add("--audit", nargs=2, metavar=("CORPUS", "DATA"), help=words)
     add = p.add_argument_group("sequences, for --inspect and --bench").add_argument
     add("--inspect", action="store_true", help="draw the token order; print the copyable share")
     add(
@@ -124,17 +138,18 @@ def settle(args):
     if args.volume % args.patch:
         raise BadInput(f"--patch {args.patch}: not a divisor of --volume {args.volume}")
     args.scans = args.spatial or args.contrast or args.semantic
-    if not (args.scans or args.phantom or args.inspect or args.bench):
+    doing = args.phantom or args.inspect or args.bench or args.check or args.audit
+    if not (args.scans or doing):
         raise BadInput(
-            "nothing to do: name scans (--spatial, --contrast, --semantic), --phantom, --inspect "
-            "or --bench"
+            "nothing to do: name scans (--spatial, --contrast, --semantic), --phantom, --inspect, "
+            "--bench, --check or --audit"
         )
     if args.phantom and (args.scans or args.out):
         raise BadInput(
             "--phantom has a folder of its own: leave out --out, --spatial, --contrast and "
             "--semantic"
         )
-    if args.scans or args.inspect:
+    if args.scans or args.inspect or args.check:
         args.out = args.out or "data/corpus"
     args.stride = args.stride or args.volume // 16
 
@@ -144,11 +159,16 @@ def main():
     settle(args)
     if args.phantom:
         args.out = ensure_phantom(args.seed, args.workers)
+    if args.audit:
+        return audit(*map(Path, args.audit), args.workers)
     if args.scans:
         jobs = collect(  # and what is left out
             args.spatial or [], args.contrast or [], args.semantic, args.exclude, args.patient
         )
-        build(*jobs, args.out, args.val, args.seed, args.workers)
+    if args.check:
+        return check_scans(*jobs, args.workers) if args.scans else check_corpus(Path(args.out))
+    if args.scans:
+        build(*jobs, args.out, args.val, args.seed, args.workers, args.spacing)
     if args.inspect or args.bench:
         with tempfile.TemporaryDirectory() as folder:
             if not args.out:
@@ -167,8 +187,8 @@ def main():
 
 
 def suffix_of(path):
-    """The (double) suffix of a scan's file, None if it has none of NIFTI and SITK."""
-    return next((s for s in NIFTI + SITK if str(path).lower().endswith(s)), None)
+    """The (double) suffix of a scan's file, None if it has none of those that are read."""
+    return next((s for s in NIFTI + SITK + ARRAYS if str(path).lower().endswith(s)), None)
 
 
 def stem_of(path):
@@ -181,16 +201,14 @@ def read_scan(path):
     """A scan in RAS+: values [X, Y, Z] or [X, Y, Z, T], its affine (mm), the affine of the file.
 
     Integers where the file holds integers and its slope is 1, else float32 with slope and intercept
-    applied. DICOM (a folder), MHA and NRRD need SimpleITK. BadInput says what is wrong with a file.
+    applied. DICOM (a folder), MHA and NRRD need SimpleITK, HDF5 h5py. Of a MedMNIST npz the volumes
+    to train on are the frames. BadInput says what is wrong with a file.
     """
-    reader = read_sitk if Path(path).is_dir() or suffix_of(path) in SITK else read_nifti
-    try:
-        values, affine = reader(path)
-    except BadInput:
-        raise
-    except Exception as e:  # noqa: BLE001  (a dozen types; the message is what a user can mend)
-        words = f"unreadable: {type(e).__name__}: {e}"
-        raise BadInput(words.splitlines()[0][:180]) from None
+    suffix = "" if Path(path).is_dir() else suffix_of(path)
+    reader = {".h5": read_h5, ".npz": read_npz}.get(suffix, read_nifti)
+    if not suffix or suffix in SITK:
+        reader = read_sitk
+    values, affine = because(reader, path)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise BadInput("its affine is singular: the header does not say where the voxels are")
     axes = nib.orientations.io_orientation(affine)
@@ -198,26 +216,76 @@ def read_scan(path):
     return nib.orientations.apply_orientation(values, axes), ras, affine
 
 
-def read_nifti(path):
+def because(reader, *args):
+    """reader(*args), where whatever a library raises becomes BadInput: one line that says why."""
+    try:
+        return reader(*args)
+    except BadInput:
+        raise
+    except (Exception, RecursionError) as e:  # noqa: BLE001  (a dozen types; a user can mend them)
+        words = f"unreadable: {type(e).__name__}: {e}"
+        raise BadInput(words.splitlines()[0][:180]) from None
+
+
+def header_of(path):
+    """The image of a NIfTI file, its voxels not read, and its affine in mm; BadInput: no volume."""
     img = nib.load(path)
     if not isinstance(img, nib.nifti1.Nifti1Pair) or isinstance(img, nib.Cifti2Image):
         raise BadInput(f"a {type(img).__name__}, not a NIfTI volume")
     shape, stored = img.shape, img.get_data_dtype()
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise BadInput(f"2D ({text_of(shape)})")
-    if len(shape) > 4:
-        raise BadInput(f"{len(shape)} axes ({text_of(shape)}), as a vector field has")
+    if len(shape) > 4 or min(shape) < 1:
+        raise BadInput(f"{len(shape)} axes ({text_of(shape)}), as a vector field has, or none")
     if stored.kind not in "iuf":
         raise BadInput(f"voxels of type {stored}, neither integers nor floats")
-    raw = img.dataobj.get_unscaled()
-    if shape[3:] == (1,):  # one frame: a volume
+    bits = int(img.header["bitpix"])
+    if bits != 8 * stored.itemsize:
+        raise BadInput(f"its header is damaged: bitpix {bits} with voxels of type {stored}")
+    check_memory(shape)
+    unit = {"meter": 1000.0, "micron": 0.001}.get(img.header.get_xyzt_units()[0], 1.0)
+    return img, np.diag([unit, unit, unit, 1]) @ img.affine
+
+
+def check_size(shape):
+    """BadInput if a scan of this shape is too large to be one, or too small to be cut."""
+    if min(shape) < SMALLEST:
+        raise BadInput(f"{text_of(shape)}: fewer than {SMALLEST} voxels along an axis")
+    check_memory(shape)
+
+
+def check_memory(shape):
+    if math.prod(map(int, shape)) > LARGEST:
+        words = f"{text_of(shape)} voxels: more than the {LARGEST:,} that are taken for a scan"
+        raise BadInput(f"{words}; its header may be wrong (sizes, units)")
+
+
+def read_nifti(path):
+    img, affine = header_of(path)
+    voxels, slope, inter = img.dataobj, float(img.dataobj.slope), float(img.dataobj.inter)
+    raw = voxels_of(img.file_map["image"].filename, voxels.offset, voxels.dtype, voxels.shape)
+    if img.shape[3:] == (1,):  # one frame: a volume
         raw = raw[..., 0]
-    slope, inter = float(img.dataobj.slope), float(img.dataobj.inter)
     if raw.dtype.kind == "f" or slope != 1 or inter != int(inter):
-        return raw.astype(np.float32) * np.float32(slope) + np.float32(inter), img.affine
+        return raw.astype(np.float32) * np.float32(slope) + np.float32(inter), affine
     if inter:
         raw = raw.astype(np.int32 if raw.dtype.itemsize <= 2 else np.int64) + int(inter)
-    return raw, img.affine
+    return raw, affine
+
+
+def voxels_of(path, offset, dtype, shape):
+    """The array that begins at byte `offset` of a file, plain or gzip.
+
+    The stream is read to its end, where gzip keeps the checksum; memory is taken as bytes come.
+    """
+    size = offset + math.prod(shape) * dtype.itemsize
+    with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as f:
+        data = f.read(size)
+        rest = len(f.read(SLACK + 1))
+    if len(data) < size or rest > SLACK:
+        have = f"{len(data):,} bytes" if len(data) < size else f"over {SLACK:,} bytes more"
+        raise BadInput(f"holds {have}, where its header says {size:,}: cut short, or damaged")
+    return np.frombuffer(data, dtype, offset=offset).reshape(shape, order="F")
 
 
 def read_sitk(path):
@@ -244,12 +312,31 @@ def read_sitk(path):
     return sitk.GetArrayFromImage(img).transpose(2, 1, 0), affine
 
 
+def read_h5(path, name="image"):
+    """`image`, or another array of UA-MT's left atria, and its affine."""
+    try:
+        import h5py
+    except ImportError:
+        raise BadInput("HDF5 files need h5py: pip install h5py") from None
+    with h5py.File(path) as f:
+        if name not in f:
+            raise BadInput(f"an HDF5 file without {name}")
+        return f[name][:], np.diag([ATRIUM] * 3 + [1])
+
+
+def read_npz(path):
+    with np.load(path) as z:
+        images = z["train_images"]
+    if images.ndim != 4 or images.dtype.kind not in "iuf":
+        raise BadInput(f"its train_images are {images.dtype} {images.shape}, not [N, X, Y, Z]")
+    return np.moveaxis(images, 0, 3), np.eye(4)
+
+
 def save_like(scan, path, values, affine, slope=1):
     """uint8 values on the grid of `scan` as NIfTI, with its header (codes, units) if it has one."""
     header = nib.load(scan).header if suffix_of(scan) in NIFTI else None
     image = nib.Nifti1Image(values, affine, header)
-    if header is None:
-        image.header.set_xyzt_units("mm")
+    image.header.set_xyzt_units("mm")
     image.set_data_dtype(np.uint8)
     image.header["cal_min"] = image.header["cal_max"] = 0
     image.header.set_slope_inter(slope, 0)  # set, so that the bytes are stored as they are
@@ -300,14 +387,14 @@ def to_int16(values):
     if whole and high - low <= 65535:
         inter = 0 if low >= -32768 and high <= 32767 else int(low) + 32768
         moved = values.astype(np.int64) - inter if inter else values
-        return moved.astype(np.int16), 1.0, float(inter)
+        return np.ascontiguousarray(moved, np.int16), 1.0, float(inter)
     a, b = np.percentile(values, [0.01, 99.99])
     if b > a:
         low, high = max(low, a - (b - a)), min(high, b + (b - a))
     slope = (high - low) / 65534
     inter = low + 32767 * slope
     levels = np.rint((np.clip(values, low, high) - inter) / slope)
-    return levels.astype(np.int16), float(slope), float(inter)
+    return np.ascontiguousarray(levels, np.int16), float(slope), float(inter)
 
 
 # ---- jobs, one a scan or case ----------------------------------------------------------------
@@ -342,7 +429,11 @@ def spatial_jobs(folders, exclude, patient):
         for f in labels:
             yield f, "looks like a label map (--exclude)"
         often = Counter(map(stem_of, scans))
+        tests = {name for f in folder.rglob("test.list") for name in f.read_text().split()}
         for f in scans:
+            if f.parent.name in tests:
+                yield f, "stands in test.list"
+                continue
             who = patient_of(f, folder, often[stem_of(f)] > 1, patient)
             yield job_of("spatial", f, f"{folder.name}/{who}")
 
@@ -364,7 +455,8 @@ def scans_under(folder, exclude):
             scans[f.parent if suffix_of(f) in (".dcm", None) else f] = None
     if not scans:
         raise BadInput(
-            f"{folder}: no scans in it ({', '.join(NIFTI + SITK)}), {len(labels)} label files aside"
+            f"{folder}: no scans in it ({', '.join(NIFTI + SITK + ARRAYS)}), {len(labels)} label "
+            "files aside"
         )
     return list(scans), labels
 
@@ -373,8 +465,11 @@ def is_dicom(path):
     """Whether a file without a suffix is DICOM: scanners and archives export slices as IM0001."""
     if "." in path.name:
         return False
-    with open(path, "rb") as f:
-        return f.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as f:
+            return f.read(132)[128:] == b"DICM"
+    except OSError:
+        return True  # what cannot be read is tried, and listed with the reason
 
 
 def patient_of(file, folder, shared_name, regex=None):
@@ -410,12 +505,12 @@ def contrast_jobs(folders):
                 f"{folder}: no such folder, or no case folders CASE/CASE-t1n.nii.gz in it"
             )
         for case in cases:
-            paths = [case.glob(f"{case.name}-{c}.nii*") for c in CONTRASTS]
+            paths = [case.glob(f"{escape(case.name)}-{c}.nii*") for c in CONTRASTS]
             files = [next(filter(Path.is_file, p), None) for p in paths]
             if None in files:
                 yield case, f"lacks {case.name}-{CONTRASTS[files.index(None)]}.nii.gz"
             else:
-                who = re.sub(r"-\d{3}$", "", case.name)
+                who = re.sub(r"(?<=-\d{5})-\d{3}$", "", case.name)
                 yield job_of("contrast", case, who, case.name, files)
 
 
@@ -426,12 +521,15 @@ def semantic_jobs(table, folder):
             f"--semantic {table} {folder}: DL_info.csv and the folder Images_nifti are needed"
         )
     lesions = defaultdict(list)
-    for n, row in enumerate(read_table(table), 2):
+    for n, row in enumerate(read_table(table, "DeepLesion's DL_info.csv"), 2):
         try:
+            row = [*row.values()]
             x1, y1, x2, y2 = map(float, row[6].split(","))
             lesion = int(row[9]), (y1 + y2) / 2, (x1 + x2) / 2  # type, row, column
             start, end = map(int, row[11].split(","))
-        except (IndexError, ValueError):
+            if not 0 <= x1 + y1 + x2 + y2 < math.inf:
+                raise ValueError
+        except (IndexError, ValueError, AttributeError):
             yield f"{table}:{n}", "cannot be read as a row of DL_info.csv"
             continue
         if lesion[0] == -1:
@@ -446,12 +544,6 @@ def semantic_jobs(table, folder):
             yield volume, "named in DL_info.csv, but no such file"
 
 
-def read_table(path):
-    """The rows of a CSV file as lists of strings, its header left out."""
-    with open(path, newline="", errors="replace") as f:
-        return list(csv.reader(f))[1:]
-
-
 # ---- building a corpus -----------------------------------------------------------------------
 
 job_key = itemgetter("kind", "job")  # of a job and of a row
@@ -459,10 +551,10 @@ voxel_key = itemgetter("kind", "hash")
 patient_key = itemgetter("kind", "patient")
 
 
-def build(jobs, skipped, out, val=0.05, seed=0, workers=None, say=print):
+def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=print):
     """Run the jobs that the corpus in folder `out` does not hold yet; write index and skipped.csv.
 
-    Returns the rows of the index; BadInput if there is none.
+    spacing: mm, three, None: as it is. Returns the rows of the index; BadInput if there is none.
     """
     out, part = Path(out), "index.part.jsonl"
     name = part if (out / part).exists() else "index.jsonl"  # part: of a run that was stopped
@@ -471,10 +563,11 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, say=print):
     stamps |= {job_key(r): None for r in rows if not holds(out, r)}
     jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
     for key, job in jobs.items():
-        stamp = [*stamp_of(job["files"]), digest(json.dumps(job["lesions"]).encode(), 8)]
+        how = json.dumps([job["lesions"], spacing]).encode()
+        stamp = [*stamp_of(job["files"]), digest(how, 8)]
         if stamps.get(key) != stamp:
             stamps[key] = None
-            todo.append({**job, "out": out, "stamp": stamp})
+            todo.append({**job, "out": out, "stamp": stamp, "spacing": spacing})
     rows = [r for r in rows if stamps[job_key(r)]]
     say(f"{len(jobs)} scans or cases, {len(jobs) - len(todo)} of them in {out} already")
     spatial = [j for j in jobs.values() if j["kind"] == "spatial"]
@@ -527,16 +620,20 @@ def digest(data, size):
 
 def store(job):
     """Read the scans of a job, write an array a scan or frame: (job, rows, why skipped or None)."""
+    rows = []
     try:
         scans = [read_scan(path) for path in job["files"]]
-        return job, list(store_scans(job, scans)), None
+        rows.extend(store_scans(job, scans))  # those before an error stay in it
+        return job, rows, None
     except (ValueError, OverflowError, MemoryError) as e:  # BadInput is a ValueError
+        for row in rows:
+            (job["out"] / row["file"]).unlink(missing_ok=True)
         return job, [], str(e) or type(e).__name__
 
 
 def store_scans(job, scans):
     """Write the arrays of a job; yields the rows of the index."""
-    shapes = [values.shape for values, _, _ in scans]
+    shapes, npz = [values.shape for values, _, _ in scans], suffix_of(job["source"]) == ".npz"
     if len(set(shapes)) > 1:
         raise BadInput(f"its contrasts differ in shape: {', '.join(map(text_of, shapes))}")
     if len(shapes[0]) > 3 and job["kind"] != "spatial":
@@ -547,20 +644,25 @@ def store_scans(job, scans):
                 f"its contrasts are not co-registered: {path.name} lies elsewhere than the first"
             )
         frames = np.moveaxis(values.reshape(*values.shape[:3], -1), 3, 0)
+        grid = resampled(values.shape[:3], affine, job["spacing"])
         for t, frame in enumerate(frames):
-            row = store_array(job, frame, affine, f"{path}#{t}" if len(frames) > 1 else path)
+            row = store_array(job, frame, *grid, f"{path}#{t}" if len(frames) > 1 else path)
+            if npz:  # which names no patients: a volume is one
+                row["patient"] += f"#{t}"
             if job["kind"] == "contrast":
                 row["contrast"] = CONTRASTS[n]
             for lesion in job["lesions"]:
-                yield {**row, **place_lesion(lesion, own, affine)} if lesion else row
+                yield {**row, **place_lesion(lesion, own, *grid)} if lesion else row
 
 
-def store_array(job, values, affine, source):
-    """Write values [X, Y, Z] as an array of the corpus in job["out"]; returns its row."""
-    if min(values.shape) < SMALLEST:
-        raise BadInput(f"{text_of(values.shape)}: fewer than {SMALLEST} voxels along an axis")
-    array, slope, inter = to_int16(values)
-    array, source = np.ascontiguousarray(array), os.path.abspath(source)
+def store_array(job, values, shape, affine, source):
+    """Write values [X, Y, Z], resized to the grid that is given, as an array of the corpus in
+    job["out"]; returns its row.
+    """
+    check_size(shape)
+    whole, slope, inter = to_int16(values)
+    array = resize(torch.from_numpy(whole), shape).contiguous().numpy()
+    source = os.path.abspath(source)
     name = f"{job['kind']} {source}"
     file = f"arrays/{digest(name.encode(), 10)}.npy"
     with write_beside(Path(job["out"]) / file) as tmp:
@@ -568,7 +670,8 @@ def store_array(job, values, affine, source):
     return {
         **{k: job[k] for k in ("kind", "job", "stamp", "patient", "group")},
         "source": source,
-        "hash": digest(array, 16),
+        "hash": digest(whole, 16),
+        "stored": digest(array, 16),
         "file": file,
         "shape": list(array.shape),
         "spacing": [round(float(s), 4) for s in nib.affines.voxel_sizes(affine)],
@@ -577,10 +680,24 @@ def store_array(job, values, affine, source):
     }
 
 
-def place_lesion(lesion, own, ras):
-    """Centre (x, y) in RAS+ voxels of a box given in the file's (row, col); group: the type."""
+def resampled(shape, affine, spacing):
+    """The shape nearest to `spacing` (mm; None: as it is) over the same extent, and its affine."""
+    size = nib.affines.voxel_sizes(affine)
+    new = [max(1, round(n)) for n in (np.multiply(shape, size) / (spacing or size)).tolist()]
+    check_memory(new)
+    scale = np.divide(shape, new)
+    return new, affine @ nib.affines.from_matvec(np.diag(scale), (scale - 1) / 2)
+
+
+def place_lesion(lesion, own, shape, grid):
+    """Centre (x, y) in the stored voxels of a box given in the file's (row, col); group: the type.
+
+    own, grid: affines of the file and of what is stored, whose shape is given.
+    """
     group, row, column = lesion
-    voxel = np.linalg.inv(ras) @ own @ [row, column, 0, 1]
+    voxel = np.linalg.inv(grid) @ own @ [row, column, 0, 1]
+    if not ((voxel[:2] >= -0.5) & (voxel[:2] < np.array(shape[:2]))).all():
+        raise BadInput(f"a lesion at row {row:g}, column {column:g} lies outside of it")
     return {"group": str(group), "centre": [round(float(c), 1) for c in voxel[:2]]}
 
 
@@ -603,7 +720,8 @@ def summarise(rows, skipped, out, say):
 def write_skipped(path, skipped, jobs):
     """List what was skipped, after what earlier runs skipped and this one has not tried again."""
     tried = {str(source) for source, _ in skipped} | {str(j["source"]) for j in jobs}
-    earlier = [row for row in read_table(path) if row[0] not in tried] if path.exists() else []
+    rows = [(r["source"], r["reason"]) for r in read_table(path)] if path.exists() else []
+    earlier = [row for row in rows if row[0] not in tried]
     write_table(path, ("source", "reason"), [*earlier, *skipped])
 
 
@@ -642,6 +760,122 @@ def read_index(corpus, name="index.jsonl", whole=True):
     return rows
 
 
+# ---- checking and auditing -------------------------------------------------------------------
+
+
+def check_scans(jobs, skipped, workers=None):
+    """Print what `build` would read and what not, from headers, and what it would cost."""
+    facts, files = [], defaultdict(list)
+    for job, rows, reason in parallel(headers_of, jobs, workers, "reading headers"):
+        facts += rows
+        skipped += [(job["source"], reason)] * bool(reason)
+    for row in facts:
+        files[os.path.getsize(row["file"])].append(row["file"])
+    twins = Counter(
+        digest(Path(f).read_bytes(), 16) for same in files.values() if len(same) > 1 for f in same
+    )
+    for source, reason in skipped:
+        print(f"left out: {source}: {reason}")
+    patients = len({row["patient"] for row in facts})
+    print(f"{len(facts)} files of {patients} patients can be read, {len(skipped)} are left out")
+    if not facts:
+        return
+    for name in ("type", "orientation", "units"):
+        print(f"{name}: {dict(Counter(row[name] for row in facts).most_common())}")
+    for name in ("shape", "spacing"):
+        low, middle, high = np.quantile([row[name] for row in facts], [0, 0.5, 1], 0)
+        words = [" x ".join(f"{n:.4g}" for n in v) for v in (low, middle, high)]
+        print("{}: least {}, median {}, most {}".format(name, *words))
+    print(f"files that others have too, byte for byte: {sum(n - 1 for n in twins.values())}")
+    seconds, some = time.perf_counter(), facts[:: len(facts) // 5 + 1]
+    for row in some:
+        because(read_scan, row["file"])
+    seconds = (time.perf_counter() - seconds) * sum(row["disk"] for row in facts)
+    seconds /= sum(row["disk"] for row in some) * (workers or cores())
+    disk = sum(row["disk"] for row in facts)
+    print(
+        f"a corpus of them: {disk / 1e9:.3g} GB at their own spacing, about {seconds / 60:.1f} min"
+    )
+
+
+def headers_of(job):
+    """In a worker: (job, facts of each file, why it cannot be read or None)."""
+    rows = []
+    try:
+        for path in job["files"]:
+            kind = "nifti" if suffix_of(path) in NIFTI else "other"
+            if kind == "nifti":
+                img, affine = because(header_of, path)
+                shape, codes = img.shape, img.header["sform_code"] + img.header["qform_code"]
+                units = img.header.get_xyzt_units()[0] if codes else "none, nor an orientation"
+            else:
+                values, affine, _ = read_scan(path)
+                shape, units = values.shape, "mm"
+            check_size(shape[:3])
+            rows.append(
+                {
+                    "file": path,
+                    "patient": job["patient"],
+                    "type": job["kind"],
+                    "orientation": "".join(nib.aff2axcodes(affine)),
+                    "units": units,
+                    "shape": shape[:3],
+                    "spacing": nib.affines.voxel_sizes(affine),
+                    "disk": 2 * math.prod(shape),
+                }
+            )
+    except (BadInput, OSError) as e:
+        return job, rows, str(e)
+    return job, rows, None
+
+
+def check_corpus(corpus):
+    """Read every array of a corpus; BadInput names those that are not what was written."""
+    rows = {r["file"]: r for r in read_index(corpus)}.values()
+    faults = [f for f in parallel(partial(fault_of, corpus), rows, None, "reading arrays") if f]
+    if faults:
+        raise BadInput(f"{corpus}: {len(faults)} of {len(rows)} arrays are damaged: {faults[:3]}")
+    print(f"{corpus}: all {len(rows)} arrays are as they were written")
+
+
+def fault_of(corpus, row):
+    try:
+        array = open_array(str(corpus / row["file"]), tuple(row["shape"]))
+    except BadInput as e:
+        return str(e)
+    return None if digest(array.numpy(), 16) == row["stored"] else row["file"]
+
+
+def audit(corpus, data, workers=None):
+    """Print which scans below `data` a corpus holds: the same voxels, or a patient of one name."""
+    rows = read_index(corpus)
+    hashes = {r["hash"]: r["source"] for r in rows}
+    names = {r["patient"].rpartition("/")[2]: r["source"] for r in rows}
+    scans, _ = scans_under(data, LABELS)
+    often, found = Counter(map(stem_of, scans)), Counter()
+    for scan, own in zip(scans, parallel(hashes_of, scans, workers, "reading scans")):
+        who = patient_of(scan, data, often[stem_of(scan)] > 1).rpartition("/")[2]
+        same = [hashes[h] for h in own if h in hashes]
+        what = "voxels" if same else "name" if who in names else "none" if own else "unreadable"
+        found[what] += 1
+        if what in ("voxels", "name"):
+            print(f"{scan}: the same {what} as {same[0] if same else names[who]}")
+    print(
+        f"{len(scans)} scans of {data}: {found['voxels']} are in {corpus} voxel for voxel, "
+        f"{found['name']} by name alone, {found['unreadable']} could not be read"
+    )
+
+
+def hashes_of(path):
+    """In a worker: as `store_array` has them, of each frame; none where it cannot be read."""
+    try:
+        values, _, _ = read_scan(path)
+        frames = np.moveaxis(values.reshape(*values.shape[:3], -1), 3, 0)
+        return [digest(to_int16(frame)[0], 16) for frame in frames]
+    except (BadInput, MemoryError):
+        return []
+
+
 # ---- splits ----------------------------------------------------------------------------------
 
 
@@ -674,9 +908,15 @@ def split_by_patient(rows, val, seed, images=4):
 def label_subset(patients, share, seed=0, strata=None):
     """The `share` of `patients` whose labels a run may see: a set is part of every larger one.
 
+    share: above 0, up to 1; or the path of a list of names.
+
     Patients stand in the order of a hash of (seed, patient), so neither the list's order nor its
     length matters. With `strata` (one a patient: its class) the share is of each, at least one.
     """
+    try:
+        share = float(share)
+    except ValueError:
+        return listed_names(share, patients)
     if not 0 < share <= 1:
         raise BadInput(f"--labels {share:g}: a share of the training patients, above 0, up to 1")
     groups, chosen = defaultdict(dict), set()
@@ -687,6 +927,19 @@ def label_subset(patients, share, seed=0, strata=None):
     for group in groups.values():
         chosen.update(sorted(group, key=group.get)[: max(1, round(share * len(group)))])
     return [p for p in dict.fromkeys(patients) if p in chosen]
+
+
+def listed_names(path, patients):
+    """The names in a text file, which must all be among `patients`."""
+    try:
+        names = Path(path).read_text().split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"--labels {path}: neither a share nor a list of names ({e})") from None
+    unknown = {*names} - {*patients}
+    if unknown or not names:
+        words = f"{len(unknown)} of its {len(names)} names are not in the training split"
+        raise BadInput(f"--labels {path}: {words}: {', '.join(sorted(unknown)[:3])}")
+    return names
 
 
 # ---- sequences -------------------------------------------------------------------------------
@@ -747,7 +1000,10 @@ class Sequences(torch.utils.data.Dataset):
         return {"volume": volume, "ranges": ranges, "kind": KINDS.index(kind)}
 
     def array(self, row):
-        return open_array(str(self.root / row["file"]), tuple(row["shape"]))
+        path = str(self.root / row["file"])
+        if not holds(self.root, row):  # cut short under a run: reading on would kill the process
+            raise BadInput(f"{path}: cut short or removed since this run began")
+        return open_array(path, tuple(row["shape"]))
 
     def spatial(self, rng):
         """Slabs of one crop: D slices each, `stride` apart, the first at a random z of the crop."""
@@ -801,8 +1057,13 @@ def lesion_crop(array, row, size, depth):
 def open_array(path, shape):
     """A .npy of int16 as a tensor in the page cache.
 
-    Unlike NumPy's, the map keeps no file open: corpora outnumber `ulimit -n`.
+    Unlike NumPy's, the map keeps no file open: corpora outnumber `ulimit -n`. BadInput: another
+    type, shape or order than the index has it.
     """
+    stored = because(partial(np.load, mmap_mode="r"), path)
+    if (stored.dtype.str, stored.shape, stored.flags.c_contiguous) != ("<i2", shape, True):
+        words = f"{stored.dtype} {stored.shape}, where the index says int16 {shape}"
+        raise BadInput(f"{path}: {words}: build the corpus again")
     size = os.path.getsize(path) // 2
     mapped = torch.from_file(path, shared=False, size=size, dtype=torch.int16)
     return mapped[-math.prod(shape) :].view(shape)  # without the header
@@ -912,7 +1173,7 @@ def ensure_phantom(seed=0, workers=None, say=print):
         write_phantom(root, ("amos", "brats", "deeplesion"), seed, workers)
         semantic = root / "deeplesion/DL_info.csv", root / "deeplesion/Images_nifti"
         jobs = collect([root / "amos"], [root / "brats"], semantic)
-        build(*jobs, corpus, 0.2, seed, workers, say)
+        build(*jobs, corpus, 0.2, seed, workers, say=say)
     return corpus
 
 

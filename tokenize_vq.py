@@ -51,12 +51,11 @@ from common import (
     setup,
     split_batch,
     to_device,
-    training_batches,
     training_flags,
     write_json,
 )
 from kernels.plain import read
-from model import fit, grid_of, patchify, to_unit, unpatchify
+from model import config_of, fit, grid_of, patchify, to_unit, unpatchify
 from serialize import KINDS, Sequences, draw_strips, find_corpus, sequence_flags
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def main():
 
     # go on, or start from data
     log = open_run(out, args, machine, state)
-    first, best = restored(state, optimiser, math.inf)
+    first, best, owes = restored(state, optimiser, math.inf, owes=True)
     if state:
         fit(tokenizer, state["model"], out / "ckpt.pt")
     else:
@@ -195,24 +194,26 @@ def main():
             used = [k for k in scores if k.startswith(("codes", "perplexity"))]
             panels = ("PSNR, dB", by_kind, {}), ("codes", used, {}), ("training", ["loss"], {})
             draw_curves(out / "curves.png", read_log(out / "log.jsonl"), *panels)
-        if scores["val_mse"] < best:
-            best = scores["val_mse"]
+        if not scores["val_mse"] >= best:
             save("best.pt", step=step)
+            best = scores["val_mse"]
 
     # loop
-    if first == 0:
-        validate(0)
-    loader = training_batches(train, first, args, machine)
+    if owes:
+        validate(first)
     loop = Loop(args, machine, log, first, args.steps, "tokenizer", samples_per_s=args.batch)
+    loader = loop.batches(train)
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         losses = train_step(net, tokenizer, loader, optimiser, lr, step, args, machine)
-        loop.took(losses, lr=lr)
-        with loop.paused():
-            if loop.due(args.val_every):
+        loop.took(losses, optimiser, lr=lr)
+        if loop.validates:
+            with loop.paused(hurried=True):
                 validate(loop.step)
-            if loop.saves:
-                save("ckpt.pt", step=loop.step, best=best, optimiser=optimiser.state_dict())
+        if loop.saves:
+            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
+            with loop.paused():
+                save("ckpt.pt", step=loop.step, **more)
     if loop.finished:
         report(tokenizer, train, val, held_out, args, machine)
 
@@ -261,6 +262,11 @@ class TokenizerConfig:
     hidden: int = 512  # width of the encoder's MLP
     width: int = 256  # of the decoder
     layers: int = 2  # of the decoder; each sees one patch further
+
+    @property
+    def least(self):
+        """Weights of the codebook and the blocks: see `model.config_of`."""
+        return self.codes * self.dim + 8 * self.layers * self.width**2 + self.patch**3 * self.dim
 
     def __post_init__(self):
         if not 2 <= self.codes <= 65536 or self.dim > self.patch**3:
@@ -484,7 +490,7 @@ def load_tokenizer(source, patch=None):
     state, name = source, "the tokenizer in the checkpoint"
     if not isinstance(source, dict):
         state, name = load_checkpoint(source, TOKENIZER), source
-    config = TokenizerConfig(**state["config"])
+    config = config_of(TokenizerConfig, state, name)
     if patch not in (None, config.patch):
         raise BadInput(
             f"{name}: its codes are of patches of {config.patch}³ voxels and the model's are of "

@@ -1,7 +1,12 @@
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +23,15 @@ from common import (
     parallel,
     read_json,
     read_log,
+    resumed,
     save_checkpoint,
     setup,
     split_batch,
     write_beside,
     write_json,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def machine(world=1, rank=0):
@@ -47,9 +55,9 @@ def test_write_beside_keeps_the_old_file_when_the_block_fails(tmp_path):
 
 def test_json_round_trip_and_errors(tmp_path):
     write_json(tmp_path / "a.json", {"x": [1, 2.5, "s"]})
-    assert read_json(tmp_path / "a.json", "a list") == {"x": [1, 2.5, "s"]}
+    assert read_json(tmp_path / "a.json", "a thing") == {"x": [1, 2.5, "s"]}
     (tmp_path / "b.json").write_text("{")
-    for name, words in (("b.json", "not JSON"), ("c.json", "no such file")):
+    for name, words in (("b.json", "cannot be read as JSON"), ("c.json", "No such file")):
         with pytest.raises(BadInput, match=f"{name}.*{words}.*a list"):
             read_json(tmp_path / name, "a list")
 
@@ -134,11 +142,13 @@ def test_a_batch_is_split_into_the_largest_passes_that_divide_it():
 
 def test_an_optimiser_step_clips_scales_and_zeroes():
     w, v = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    optimiser = torch.optim.SGD([{"params": [w], "scale": 0.5}, {"params": [v]}], lr=1.0)
+    optimiser = torch.optim.SGD(
+        [{"params": [w], "scale": 0.5}, {"params": [v]}], lr=1.0, fused=True
+    )
     for clip, factor in ((0.0, 1.0), (1.0, 0.1)):
         w.data.zero_(), v.data.zero_()
         w.grad, v.grad = torch.tensor([6.0, 0.0]), torch.tensor([0.0, 8.0])
-        assert optimiser_step(optimiser, 2.0, clip, norm=True).item() == pytest.approx(10)
+        assert optimiser_step(optimiser, 2.0, clip).item() == pytest.approx(10)
         assert w.tolist() == pytest.approx([-6 * factor, 0], rel=1e-4)
         assert v.tolist() == pytest.approx([0, -16 * factor], rel=1e-4) and w.grad is None
 
@@ -146,17 +156,18 @@ def test_an_optimiser_step_clips_scales_and_zeroes():
 def run_loop(tmp_path, first=0, stop_after=None, at=None):
     """What a loop of ten steps takes, and when it validates and saves; `at`: SIGTERM there."""
     args = argparse.Namespace(
-        log_every=4, save_every=3, val_every=5, stop_after=stop_after, out="out"
+        log_every=4, save_every=3, val_every=5, stop_after=stop_after, out="out", batch=8
     )
+    optimiser = argparse.Namespace(found_inf=torch.zeros(()))
     log = Log(tmp_path / "log.jsonl", first)
     loop = Loop(args, machine(), log, first, 10, "test", samples_per_s=8)
     steps, validated, saved = [], [], []
     for step in loop:
         if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        loop.took(torch.tensor(float(step)), lr=0.5)
+        loop.took(torch.tensor(float(step)), optimiser, lr=0.5)
         steps.append(step)
-        if loop.due(args.val_every):
+        if loop.validates:
             validated.append(loop.step)
         if loop.saves:
             saved.append(loop.step)
@@ -179,6 +190,140 @@ def test_a_loop_that_is_stopped_saves_and_goes_on(tmp_path):
     loop, steps, _, saved = run_loop(tmp_path, first=4, at=6)
     assert steps[0] == 4 and steps[-1] in (6, 7) and saved[-1] == loop.step < 10
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == loop.step and not loop.finished
+
+
+def test_validation_is_broken_off_and_owed(tmp_path):
+    args = argparse.Namespace(
+        log_every=4, save_every=9, val_every=5, stop_after=None, out="o", batch=8
+    )
+    for asked_in_step in (False, True):
+        loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 10, "test")
+        reached, saved = [], []
+        for step in loop:
+            if asked_in_step and step == 4:
+                loop.asked = loop.stopping = True
+            loop.took(torch.zeros(()), argparse.Namespace(found_inf=torch.zeros(())))
+            if loop.validates:
+                with loop.paused(hurried=True):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    reached.append(step)
+            if loop.saves:
+                saved.append((loop.step, loop.owes))
+        assert (reached, saved, loop.finished) == ([], [(5, True)], False)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(tmp_path):
+    w = torch.nn.Parameter(torch.ones(3))
+    optimiser = torch.optim.AdamW([w], lr=0.1, fused=True)
+    args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, batch=8)
+    args.out = "o"
+    loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 12, "test")
+    faults = {1: math.nan, 2: math.inf, 5: math.nan, 6: math.nan, 7: math.nan}
+    with pytest.raises(BadInput, match="of steps 5 to 7 .* of samples 40 to 63; nothing was saved"):
+        for step in loop:
+            before = w.detach().clone()
+            loss = (w * faults.get(step, 1.0)).sum()
+            loss.backward()
+            loop.update(optimiser, 0.1, loss.detach())
+            assert torch.equal(w, before) == (step in faults) and w.isfinite().all()
+    [row] = read_log(tmp_path / "log.jsonl")
+    assert row["step"] == 4 and row["skipped"] == 2 and row["loss"] == pytest.approx(2.85, rel=1e-3)
+    assert optimiser.state[w]["step"] == 3  # those that were taken
+
+
+def test_a_dead_loader_process_ends_the_loop_with_what_the_step_lacks(tmp_path):
+    args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, batch=2)
+    args.out, args.micro, args.workers = "o", 2, 1
+    loop, steps = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 99, "test"), []
+    samples = loop.batches(Numbers())
+    with pytest.raises(BadInput, match="a process of the loader died"):
+        for step in loop:
+            if step == 3:
+                [worker] = multiprocessing.active_children()
+                worker.kill()
+                worker.join()
+            assert next(samples).tolist() == [2 * step, 2 * step + 1]
+            loop.took(torch.zeros(()), argparse.Namespace(found_inf=torch.zeros(())))
+            steps.append((loop.step, loop.saves))
+    assert 3 < len(steps) < 12 and steps[-1][1]  # a few were ready; the last is saved
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, n):
+        return n
+
+
+def test_a_folder_is_written_to_by_one_run(tmp_path):
+    args = argparse.Namespace(resume=False)
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import lock_of
+from pathlib import Path
+lock = lock_of(Path({str(tmp_path)!r}))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **how) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(BadInput, match=f"in use by process {other.pid} on "):
+            open_run(tmp_path, args, machine())
+        other.kill()
+    open_run(tmp_path, args, machine())  # what the dead one held is free
+
+
+def test_a_restarted_rank_resumes(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--lr", type=float, default=1.0)
+    save_checkpoint(tmp_path / "ckpt.pt", format="x", optimiser={}, args={"lr": 3.0})
+    args = parser.parse_args([])
+    monkeypatch.setattr(sys, "argv", ["script"])
+    assert resumed(parser, args, tmp_path, "x")[1] is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    args, state = resumed(parser, args, tmp_path, "x")
+    assert state is not None and args.lr == 3.0
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "ckpt.pt", format="x", n=1)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    script = tmp_path / "full.py"
+    script.write_text(
+        f"import sys, resource, signal, torch\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import common\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"common.cli(lambda: common.save_checkpoint({str(tmp_path / 'ckpt.pt')!r}, format='x', "
+        "w=torch.zeros(10**6)))\n"
+    )
+    run = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert "ckpt.pt: cannot be written" in run.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and not [*tmp_path.glob(".tmp*")]
+
+
+def test_undefined_numbers_are_null(tmp_path):
+    Log(tmp_path / "log.jsonl").write(step=1, loss=math.nan, low=[-math.inf, 2.0])
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": None, "low": [None, 2.0]}]
+
+
+def test_json_of_another_shape_is_one_line(tmp_path):
+    shape = {"labels": dict, "training": [str]}
+    for text, fine in (
+        ('{"labels": {"1": "a"}, "training": ["x"]}', True),
+        ('{"labels": []}', False),
+        ('{"training": ["x", 3]}', False),
+        ("[1]", False),
+        ("[" * 100_000, False),
+        ("{", False),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        if fine:
+            assert read_json(tmp_path / "a.json", "a thing", shape)["training"] == ["x"]
+        else:
+            with pytest.raises(BadInput, match="a.json: .*a thing"):
+                read_json(tmp_path / "a.json", "a thing", shape)
 
 
 def test_bad_devices_and_seeds_get_one_line():

@@ -117,6 +117,7 @@ SETTING = {
     "spacing": [1.5, 1.5, 1.5],
     "roi": [16, 16, 16],
     "features": 4,
+    "decoder": "unetr",
     "overlap": 0.5,
 }
 
@@ -402,7 +403,7 @@ def test_load_encoder_takes_every_kind_of_checkpoint(tmp_path):
     seg.encoder.load_state_dict(encoder.state_dict())
     kept = {"config": vars(TINY), "classes": CLASSES, "args": args}
     save_checkpoint(tmp_path / "a", **checkpoint_state(encoder), args={"volume": 64})
-    setting = {"classes": CLASSES, "features": 4}
+    setting = {"classes": CLASSES, "features": 4, "decoder": "unetr"}
     save_checkpoint(
         tmp_path / "b", format=SEGMENTER, model=seg.state_dict(), setting=setting, **kept
     )

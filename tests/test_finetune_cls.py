@@ -368,7 +368,8 @@ def test_bad_lists_and_tables(tmp_path, monkeypatch, capsys):
     refused("gone.nii.gz: no such file", val="gone.nii.gz 0\n")
     refused("s3.nii.gz: label '7'; it is an integer from 0 to 1", test="s3.nii.gz 7\n")
     refused("needed in the val split, which has none", val="")
-    refused("1 patients are in more than one split, s0 ", test="s0.nii.gz 0\n")
+    twice = "s0.nii.gz is listed twice, as train with label 0 and test with label 1"
+    refused(twice, test="s0.nii.gz 1\n")
     refused("--patient 'x' does not match s0.nii.gz", pattern="x")
     refused(r"--patient '\(': not a regular expression", pattern="(")
     refused("1 patients are in more than one split, s among", pattern=r"(s)\d")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import serialize
-from common import BadInput
+from common import BadInput, read_table
 from model import token_order
 from serialize import CONTRASTS, KINDS, Sequences, build, collect, read_index, read_scan, to_int16
 
@@ -45,7 +45,8 @@ def ramps(folder, *depths):
 def built(out, *folders):
     """The rows of a corpus of spatial scans, and {file: why it was skipped}."""
     rows = build(*collect(folders), out, **QUIET)
-    return rows, {Path(f).name: reason for f, reason in serialize.read_table(out / "skipped.csv")}
+    listed = read_table(out / "skipped.csv")
+    return rows, {Path(r["source"]).name: r["reason"] for r in listed}
 
 
 # ---- reading ---------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_every_kind_of_bad_file_has_its_reason(tmp_path):
         ("._good", good, {}),  # litter of macOS
     ):
         save(home / f"{name}.nii", values, **more)
-    (home / "unreadable.nii").write_bytes((home / "good.nii").read_bytes()[:1000])
+    (home / "cut short.nii").write_bytes((home / "good.nii").read_bytes()[:1000])
     (home / "unreadable.nii.gz").write_text("not a scan")
     rows, skipped = built(tmp_path / "c", home)
     assert len(rows) == 1
@@ -396,7 +397,7 @@ def test_lesion_centres_survive_the_way_from_pixels_to_ras(phantom_home, corpus)
     """A box's centre, looked up in the file as NIH's script wrote it, is `centre` of the array."""
     table = phantom_home / "data/phantom/deeplesion/DL_info.csv"
     lesions = [r for r in read_index(corpus) if r["kind"] == "semantic"]
-    for name, *_, box, _, _, kind in [r[:10] for r in serialize.read_table(table)][::7]:
+    for name, *_, box, _, _, kind in [[*r.values()][:10] for r in read_table(table)][::7]:
         case = name.rsplit("_", 1)[0]
         for r in [r for r in lesions if case in r["source"] and r["group"] == kind]:
             raw = np.asanyarray(nib.load(r["source"]).dataobj)  # [row, col, slice]
@@ -466,7 +467,7 @@ def test_inspect_draws_and_bench_counts(run, corpus, capsys, monkeypatch):
     run("--bench", "--volume", 32)
     told = capsys.readouterr().out
     for kind, scans in zip(KINDS, (3, 8, 4)):
-        assert re.search(rf"{kind}: +1 samples/s.* {scans} scans, mostly 40x40x40\n", told)
+        assert re.search(rf"{kind}: +1 samples/s.* {scans} scans\n", told)
     assert not Path(told.split("\n")[0].split()[-1]).exists()
 
 
