@@ -104,7 +104,8 @@ def read_json(path, what, shape=dict):
     try:
         value = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: cannot be read as JSON ({e}); it should be {what}") from None
+        why = getattr(e, "strerror", None) or e
+        raise BadInput(f"{path}: cannot be read as JSON ({why}); it should be {what}") from None
     if not is_like(value, shape):
         raise BadInput(f"{path}: not as expected of {what}, which is like {shape}")
     return value
