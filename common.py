@@ -66,8 +66,8 @@ def write_beside(path):
     A reader sees the old file or the new one, never half of either; a failed block leaves nothing.
     """
     path = Path(path)
-    # a fixed name, so that what a kill leaves is overwritten; at most 255 bytes
-    tmp = path.with_name(".tmp." + os.fsdecode(os.fsencode(path.name)[-200:]))
+    # two processes may write one file; at most 255 bytes
+    tmp = path.with_name(f".tmp.{os.getpid()}." + os.fsdecode(os.fsencode(path.name)[-200:]))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp

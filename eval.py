@@ -896,7 +896,7 @@ def find_runs(folders):
         try:
             args = read_json(file, "the arguments of a run")
             if {"task", "init"} <= {*args}:  # else pre-training's
-                runs.append(read_run(folder, args))
+                runs += read_run(folder, args)
         except BadInput as e:
             notes.append(f"not in the table: {folder}: {e}")
     return runs, notes
@@ -905,7 +905,8 @@ def find_runs(folders):
 def read_run(folder, args):
     """A run: cell, seed, value, settings, Dice of each class, cases and their scores.
 
-    Cases are ids, or (file, patient, label); scores Dice [N, K], or probabilities [N, K].
+    Cases are ids, or (file, patient, label); scores Dice [N, K], or probabilities [N, K]. Where
+    `eval.py seg` has scored it, once more for each of its scores on the scans' own grid.
     """
     m = read_json(folder / "metrics.json", "the metrics of a run")
     try:
@@ -920,7 +921,16 @@ def read_run(folder, args):
         run = {"seed": seed, "value": float(value), "dice": dice, "cases": cases, "scores": scores}
         run |= {"task": f"{task}, {metric}", "name": f"{init}, {labels}"}
         settings = {f"{k} {v}" for k, v in args.items() if k not in ASIDE}
-        return {**run, "cell": (task, labels, metric, init), "settings": settings}
+        run |= {"cell": (task, labels, metric, init), "settings": settings}
+        path, runs = folder / "eval-seg/cases.csv", [run]
+        rows = read_table(path) if path.exists() else []
+        rows = [r for r in rows if (r["grid"], r["class"]) == ("own", "mean")]
+        for name in SCORES[:3] if rows else ():
+            scores = np.array([[float(r[name] or "nan")] for r in rows])
+            own = {"cases": [r["case"] for r in rows], "scores": scores, "dice": {}}
+            own |= {"value": float(np.nanmean(scores)), "task": f"{task}, {name}"}
+            runs.append({**run, **own, "cell": (task, labels, f"{name}, own grid", init)})
+        return runs
     except (KeyError, TypeError, OSError) as e:
         words = "metrics.json or args.json is not as the fine-tuning scripts write it"
         raise BadInput(f"{words} ({type(e).__name__}: {e})") from None
@@ -935,7 +945,7 @@ def read_scores(path):
 
 def value_of(run, at):
     """A run's mean Dice or AUC over the rows `at` of its cases; NaN: undefined."""
-    if run["dice"]:
+    if run["cell"][2] != "AUC":
         return np.nanmean(class_means(run["scores"][at]))
     labels = np.array([label for _, _, label in run["cases"]])
     return np.array(macro_auc(labels[at], run["scores"][at]), float)

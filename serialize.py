@@ -624,11 +624,21 @@ def store(job):
     try:
         scans = [read_scan(path) for path in job["files"]]
         rows.extend(store_scans(job, scans))  # those before an error stay in it
+        if not all(map(oriented, job["files"])):
+            rows[0]["unoriented"] = True
         return job, rows, None
     except (ValueError, OverflowError, MemoryError) as e:  # BadInput is a ValueError
         for row in rows:
             (job["out"] / row["file"]).unlink(missing_ok=True)
         return job, [], str(e) or type(e).__name__
+
+
+def oriented(path):
+    """Whether a scan says how it lies: a NIfTI file may have neither sform nor qform."""
+    if suffix_of(path) not in NIFTI:
+        return True
+    header = nib.load(path).header
+    return bool(header["sform_code"] or header["qform_code"])
 
 
 def store_scans(job, scans):
@@ -710,6 +720,10 @@ def summarise(rows, skipped, out, say):
                 f"{kind:>9}: {len(mine)} {'lesions' if kind == 'semantic' else 'scans'}, "
                 f"{patients['train']} patients to train on, {patients['val']} to validate"
             )
+    blind = [r["source"] for r in rows if "unoriented" in r]
+    if blind:
+        say(f"warning: {len(blind)} have neither sform nor qform, {blind[0]} first: their")
+        say("orientation is not known, and taken as NIfTI's default")
     first = {reason: source for source, reason in reversed(skipped)}
     for reason, n in Counter(reason for _, reason in skipped).most_common(10):
         say(f"  {reason}: {n} skipped, the first {first[reason]}")
@@ -806,8 +820,8 @@ def headers_of(job):
             kind = "nifti" if suffix_of(path) in NIFTI else "other"
             if kind == "nifti":
                 img, affine = because(header_of, path)
-                shape, codes = img.shape, img.header["sform_code"] + img.header["qform_code"]
-                units = img.header.get_xyzt_units()[0] if codes else "none, nor an orientation"
+                shape, units = img.shape, img.header.get_xyzt_units()[0]
+                units += " (no sform, no qform)" * (not oriented(path))
             else:
                 values, affine, _ = read_scan(path)
                 shape, units = values.shape, "mm"

@@ -643,7 +643,8 @@ def test_the_bootstrap_counts_only_draws_where_the_auc_is_defined(monkeypatch):
     for p in ([0.1, 0.5, 0.9], [0.9, 0.5, 0.1]):
         run = {"seed": 0, "value": auc(np.array(y), np.array(p)), "dice": {}}
         run["cases"] = [(f"f{i}", f"p{i}", int(v)) for i, v in enumerate(y)]
-        runs.append([run | {"scores": np.stack([1 - np.array(p), p], 1)}])
+        run |= {"cell": ("t", "1", "AUC", "i"), "scores": np.stack([1 - np.array(p), p], 1)}
+        runs.append([run])
     defined = sum(0 in at and {*at} != {0} for at in ev.resampled(range(3), 200, 0))
     test = ev.paired(*runs, 0)
     assert 100 < defined < 160 and test["B - A"] == 1 and test["high"] == 1
