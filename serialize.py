@@ -476,8 +476,8 @@ def patient_of(file, folder, shared_name, regex=None):
     """Whose scan it is, so that no patient stands on both sides of the split.
 
     What --patient finds in the path, a BIDS or BraTS patient in it, the first folder of a DICOM
-    series, the folder of a file whose name many have, or the file's name (less nnU-Net's channel,
-    CASE_0000).
+    series (below train or test), the folder of a file whose name many have, or the file's name
+    (less nnU-Net's channel, CASE_0000).
     """
     if regex:
         try:
@@ -492,7 +492,8 @@ def patient_of(file, folder, shared_name, regex=None):
     if known := re.search(r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d{5}", str(below)):
         return known.group()
     if file.is_dir():
-        return below.parts[0] if below.parts else file.name
+        parts = [p for p in below.parts if not re.fullmatch("(train|test)(_images)?", p)]
+        return (parts or [file.name])[0]
     return str(below.parent) if shared_name else re.sub(r"(?<=\d)_000\d$", "", stem_of(file))
 
 
