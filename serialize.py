@@ -477,7 +477,7 @@ def patient_of(file, folder, shared_name, regex=None):
 
     What --patient finds in the path, a BIDS or BraTS patient in it, the first folder of a DICOM
     series (below train or test), the folder of a file whose name many have, or the file's name
-    (less nnU-Net's channel, CASE_0000).
+    (less the day, CASE_day012, and nnU-Net's channel, CASE_0000).
     """
     if regex:
         try:
@@ -494,7 +494,11 @@ def patient_of(file, folder, shared_name, regex=None):
     if file.is_dir():
         parts = [p for p in below.parts if not re.fullmatch("(train|test)(_images)?", p)]
         return (parts or [file.name])[0]
-    return str(below.parent) if shared_name else re.sub(r"(?<=\d)_000\d$", "", stem_of(file))
+    return (
+        str(below.parent)
+        if shared_name
+        else re.sub(r"(?<=\d)(_day\d+)?(_000\d)?$", "", stem_of(file))
+    )
 
 
 def contrast_jobs(folders):
