@@ -429,7 +429,8 @@ def spatial_jobs(folders, exclude, patient):
         for f in labels:
             yield f, "looks like a label map (--exclude)"
         often = Counter(map(stem_of, scans))
-        tests = {name for f in folder.rglob("test.list") for name in f.read_text().split()}
+        lists = [*folder.parent.glob("test.list"), *folder.rglob("test.list")]
+        tests = {name for f in lists for name in f.read_text().split()}
         for f in scans:
             if f.parent.name in tests:
                 yield f, "stands in test.list"
