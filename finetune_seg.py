@@ -135,6 +135,7 @@ PRESETS = {  # what departs from the published recipe
         "layer_decay": 1.0,
         "clip": 1.0,
         "overlap": 0.5,
+        "augment": "standard",
         "flip": 0.0,
         "rotate": 0.0,
         "intensity": 0.3,
