@@ -70,7 +70,7 @@ ARRAYS = (".h5", ".npz")  # UA-MT's left atria, MedMNIST's volumes
 ATRIUM = 0.625  # mm, isotropic: what the challenge's atria have and their HDF5 files do not say
 # label maps: matched below the folder that is named, in lower case
 LABELS = ("*/label*/*", "*/mask*/*", "*/segmentation*/*", "*/derivatives/*")
-LABELS += ("*[-_]seg.*", "*[-_]mask.*", "*[-_]msk.*", "*[-_]label.*")
+LABELS += ("*/laendo.*", "*[-_]seg.*", "*[-_]mask.*", "*[-_]msk.*", "*[-_]label.*")
 SMALLEST = 8  # voxels along an axis; less is a 2D image or a scout
 LARGEST = 2**29  # voxels of a scan, as it is or resampled
 SLACK = 2**20  # bytes that may follow the voxels in a file

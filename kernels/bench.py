@@ -179,8 +179,8 @@ def bench_patches(machine, args):
     scan = random_scans(B, edge, device)
     inputs = {"embed": [(*scan, *linear)], "loss": [(*scan, normal(machine, B, G, P**3))]}
 
-    def embed(ops, volume, ranges, *linear):  # plain's tokens are float32
-        return ops.embed(ops.read(volume, ranges, P), *linear).to(machine.dtype)
+    def embed(ops, volume, ranges, *linear):
+        return ops.embed(ops.read(volume, ranges, P), *linear)
 
     def loss(ops, volume, ranges, pred):
         return ops.loss(pred, ops.read(volume, ranges, P))

@@ -22,7 +22,7 @@ def read(volume, ranges, patch, order=None):
 
 
 def embed(source, weight, bias, table, count=None, begin=None):
-    """As `plain.embed`, in the dtype of autocast where it is on, else of `weight`.
+    """As `plain.embed`: float32 tokens; the products have autocast's type where it is on.
 
     Gradients: weight, bias and begin, summed in float32 in an order that does not change. No other.
     """

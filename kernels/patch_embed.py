@@ -88,10 +88,10 @@ def find_rows(
 
 @triton.jit
 def embed_kernel(source, sizes, strides,
-                 weight,                 # [C, K], contiguous, of the type of `out`
+                 weight,                 # [C, K], contiguous; its type is the products'
                  bias, begin,            # [C]; begin may be None
                  table,                  # [G, C], contiguous
-                 out,                    # [M, C], contiguous
+                 out,                    # [M, C], contiguous, float32
                  M, T, C,
                  P: tl.constexpr, BEGIN: tl.constexpr, STRADDLES: tl.constexpr,
                  BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr):  # fmt: skip
@@ -250,12 +250,15 @@ def embed_op(
     volume: Tensor, low: Maybe, scale: Maybe, order: Maybe, weight: Tensor, bias: Tensor,
     table: Tensor, count: int, begin: Maybe, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """-> tokens [B, T, C] of type `dtype`, T = count, and one more where there is a begin token."""
+    """-> tokens [B, T, C], T = count, and one more where there is a begin token.
+
+    They are float32, as the residual stream that begins with them; the products are of `dtype`.
+    """
     (C, K), B, T = weight.shape, len(volume), count + (begin is not None)
     given, G, meta = survey(volume, low, scale, order, K)
     if not 0 <= count <= G or len(table) < count:
         raise ValueError(f"{count} patches of a volume of {G}, with {len(table)} positions")
-    out = torch.empty((B, T, C), dtype=dtype, device=volume.device)
+    out = torch.empty((B, T, C), dtype=torch.float32, device=volume.device)
     tile = tiles(0, volume.device, dtype, meta["STRADDLES"])
     programs = triton.cdiv(B * T, tile["BM"]) * triton.cdiv(C, tile["BC"])
     weight, bias, table = weight.to(dtype).contiguous(), bias.contiguous(), table.contiguous()
@@ -268,7 +271,7 @@ def embed_op(
 @embed_op.register_fake
 def _(volume, low, scale, order, weight, bias, table, count, begin, dtype):
     T = count + (begin is not None)
-    return volume.new_empty((volume.shape[0], T, weight.shape[0]), dtype=dtype)
+    return volume.new_empty((volume.shape[0], T, weight.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("ar3d::patch_embed_weight", mutates_args=())
@@ -297,7 +300,7 @@ def _(volume, low, scale, order, dout, K, begin):
 
 
 def keep_embed(ctx, inputs, output):
-    *source, weight, bias, _, _, begin, _ = inputs
+    *source, weight, bias, _, _, begin, ctx.dtype = inputs
     ctx.save_for_backward(*source)
     ctx.K = weight.shape[1]
     ctx.types = weight.dtype, bias.dtype, None if begin is None else begin.dtype
@@ -306,7 +309,8 @@ def keep_embed(ctx, inputs, output):
 def differentiate_embed(ctx, dout):
     weight_type, bias_type, begin_type = ctx.types
     begin = begin_type is not None
-    dweight = embed_weight_op(*ctx.saved_tensors, dout, ctx.K, begin).to(weight_type)
+    source = ctx.saved_tensors
+    dweight = embed_weight_op(*source, dout.to(ctx.dtype), ctx.K, begin).to(weight_type)
     dbias = dout[:, begin:].sum((0, 1), dtype=torch.float32).to(bias_type)
     dbegin = dout[:, 0].sum(0, dtype=torch.float32).to(begin_type) if begin else None
     return None, None, None, None, dweight, dbias, None, None, dbegin, None

@@ -171,7 +171,7 @@ def test_patches(kind, dtype, shape, P, S, C, ordered, begins):
     table, count = torch.randn(G, C, device=DEVICE), G - 1
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         tokens = fused.embed(source, *weights[:2], table, count, *weights[2:])
-    assert tokens.dtype == dtype and tokens.shape == (2, count + begins, C)
+    assert tokens.dtype == torch.float32 and tokens.shape == (2, count + begins, C)
     exact_tokens = plain.embed(patches, *exact[:2], table, count, *exact[2:])
     close(tokens, exact_tokens, dtype, "tokens")
     dtokens = torch.randn_like(tokens)
@@ -193,6 +193,25 @@ def test_patches(kind, dtype, shape, P, S, C, ordered, begins):
     close(grad, exact_grad, dtype, "gradient of the prediction")
     if begins:
         assert errors[0, : G - 1].eq(0).all() and grad[0, : G - 1].eq(0).all()
+
+
+def test_both_paths_have_the_same_types_at_their_borders():
+    """Under autocast: float32 tokens and errors, 16-bit attention, so one residual stream."""
+    volume, ranges = scans(2, (8, 8, 8), torch.int16, 2)
+    weight, table = leaf(96, 64), torch.randn(8, 96, device=DEVICE)
+    prefix, kinds = torch.tensor([1, 3], device=DEVICE), []
+    for ops in (plain, fused):
+        source = ops.read(volume, ranges, 4)
+        with torch.autocast(DEVICE, torch.float16):
+            tokens = ops.embed(source, weight, leaf(96), table, 7, leaf(96))
+            qkv = torch.nn.functional.linear(tokens, leaf(3 * 96, 96)).view(2, 8, 3, 3, 32)
+            seen = ops.attend(qkv, prefix)
+            stream = tokens + torch.nn.functional.linear(seen.reshape(2, 8, 96), leaf(96, 96))
+            pred = torch.nn.functional.linear(stream, leaf(64, 96))
+            errors = ops.loss(pred, source, prefix)
+        kinds.append([t.dtype for t in (tokens, seen, stream, pred, errors)])
+    half, full = torch.float16, torch.float32
+    assert kinds == [[full, half, full, half, full]] * 2
 
 
 def test_weight_gradient_adds_its_parts():
