@@ -296,7 +296,8 @@ class Machine:
 def setup(args):
     """The Machine that --device and --dtype ask for; joins torchrun's group, seeds PyTorch.
 
-    NCCL on CUDA, gloo on CPUs; bf16 by default where the hardware multiplies it.
+    NCCL on CUDA, gloo on CPUs; bf16 by default where the hardware multiplies it. Products in float32
+    stay exact, not TF32: codes, neighbours, probes and rivals need them so.
     """
     world, rank, local = (
         int(os.environ.get(k, d))
@@ -319,7 +320,6 @@ def setup(args):
                 "use --device cpu, or lower --nproc_per_node"
             )
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     wants_bf16 = args.dtype == "bf16" or args.dtype == "auto" and multiplies_bf16(device)
     if world > 1 and not dist.is_initialized():

@@ -19,7 +19,6 @@ Sections: arguments · training · data · network · evaluation · pictures
 B batch, S sub-images, G patches of a sequence, P³ voxels of a patch, K codes of D coordinates.
 """
 
-import contextlib
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, replace
@@ -276,21 +275,6 @@ class TokenizerConfig:
             )
 
 
-@contextlib.contextmanager
-def exact_products(device):
-    """Products in float32 whatever surrounds: neither autocast nor TF32.
-
-    With TF32 one patch in twelve gets another code.
-    """
-    was = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(was)
-
-
 def with_ones(z):
     """[n, D] -> [n, D + 1]: a last column of ones, so that sums of rows know how many they are."""
     return F.pad(z, (0, 1), value=1.0)
@@ -321,7 +305,7 @@ class Quantiser(nn.Module):
     def nearest(self, z):
         """Unit vectors [n, D] -> the numbers of their codes [n]."""
         chunk = 2**27 // len(self.codes)  # half a GiB of scores at a time
-        with exact_products(z.device):
+        with torch.autocast(z.device.type, enabled=False):
             return torch.cat([(part @ self.codes.T).argmax(1) for part in z.split(chunk)])
 
     def forward(self, z):
@@ -409,7 +393,7 @@ class Tokenizer(nn.Module):
 
     def latents(self, patches):
         """[…, P³] in [0, 1] -> unit vectors [n, D], in float32: codes do not depend on who asks."""
-        with exact_products(patches.device):
+        with torch.autocast(patches.device.type, enabled=False):
             x = even(patches)
             return F.normalize(sum(layer(x) for layer in self.encoder).flatten(0, -2))
 
@@ -455,7 +439,7 @@ class Tokenizer(nn.Module):
         vectors of a mean square length 0.2 on the plane that touches the sphere.
         """
         x = even(patches)
-        with exact_products(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             values, axes = torch.linalg.eigh(torch.cov(x.T))  # rising
         kept = self.config.dim - 1
         axes = axes[:, -kept:].flip(1).T * (0.2 / values[-kept:].sum()).sqrt()  # [D − 1, P³]
