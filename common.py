@@ -22,9 +22,11 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -229,15 +231,22 @@ def check_least(args, **more):
 
 
 def split_batch(args, machine, most):
-    """Check --batch against the ranks; args.micro becomes the samples of a pass on a device.
+    """args.units: the samples of a step, all ranks; args.micro: the most that a pass takes.
 
-    That is the largest divisor of a rank's share of the batch, up to --micro (default `most`).
+    BadInput where there are fewer samples than ranks. Shares need not be equal: every sample weighs
+    the same, wherever it is.
     """
-    if args.batch % machine.world:
-        raise BadInput(f"--batch {args.batch} does not divide over {machine.world} ranks")
-    share = args.batch // machine.world
-    most = min(share, args.micro or most)
-    args.micro = max(m for m in range(1, most + 1) if share % m == 0)
+    args.units = args.batch * getattr(args, "crops", 1)
+    if args.units < machine.world:
+        raise BadInput(f"--batch {args.batch}: {args.units} samples for {machine.world} ranks")
+    share = -(-args.units // machine.world)
+    args.micro = min(share, args.micro or most)
+
+
+def passes_of(args, machine):
+    """This rank's passes of a step: arrays of places in the batch, as even as can be."""
+    mine = np.array_split(np.arange(args.units), machine.world)[machine.rank]
+    return np.array_split(mine, -(-len(mine) // args.micro))
 
 
 # ---- the machine -----------------------------------------------------------------------------
@@ -284,7 +293,8 @@ class Machine:
     def share(self, fn, items, desc):
         """fn(item) of all items, in their order: each rank does a share, in its processes."""
         mine = items[self.rank :: self.world]
-        done = [*parallel(fn, mine, cores() // self.world, self.main and desc)]
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        done = [*parallel(fn, mine, cores() // ranks_here, self.main and desc)]
         shares = self.gather(done)
         return [shares[i % self.world][i // self.world] for i in range(len(items))]
 
@@ -323,7 +333,9 @@ def setup(args):
     keep_freed_memory()
     wants_bf16 = args.dtype == "bf16" or args.dtype == "auto" and multiplies_bf16(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # rank 0 alone makes phantoms, pictures and probes, while the others wait
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
+        dist.init_process_group(backend, timeout=patience)
     torch.manual_seed(seed)
     return Machine(rank, world, device, torch.bfloat16 if wants_bf16 else torch.float32)
 
@@ -420,7 +432,7 @@ def resumed(parser, args, out, format):
     unset = object()
     blank = argparse.Namespace(**{k: unset for k in vars(args)})
     given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
-    saved = {**state["args"], "stop_after": None}
+    saved = {**state["args"], "stop_after": None, "micro": None}
     for k, v in given.items():
         if k not in FREE and k in saved and v != saved[k]:
             raise BadInput(
@@ -491,15 +503,10 @@ def lock_of(out):
 
 
 def micro_batches(first_step, args, machine):
-    """Endless lists of sample numbers for this rank's loader, from step `first_step` on.
-
-    A step takes `batch` successive samples; pass a of rank r is the (a · world + r)th run of
-    `micro` of them.
-    """
-    start = first_step * args.batch + machine.rank * args.micro
-    while True:
-        yield list(range(start, start + args.micro))
-        start += args.micro * machine.world
+    """Endless lists of sample numbers for this rank's loader, a pass a list, from a step on."""
+    for step in itertools.count(first_step):
+        for places in passes_of(args, machine):
+            yield (step * args.units + places).tolist()
 
 
 def batches(dataset, numbers, args, machine):
@@ -559,7 +566,7 @@ class Interrupted(BaseException):
 class Loop:
     """The bookkeeping of a training loop: when to log, validate, save and stop; bar and clock.
 
-        loop = Loop(args, machine, log, first, steps, "training", samples_per_s=args.batch)
+        loop = Loop(args, machine, log, first, steps, "training", samples_per_s=args.units)
         samples = loop.batches(dataset)
         for step in loop:                       # first, first + 1, … steps − 1
             loss = train_step(…)                # a tensor on the device
@@ -685,7 +692,7 @@ class Loop:
         third = int(self.third)
         if third < 0:
             return
-        size = self.args.batch
+        size = self.args.units
         raise BadInput(
             f"the gradients of steps {third - 2} to {third} were not finite (NaN or infinite), of "
             f"samples {(third - 2) * size} to {(third + 1) * size - 1}; nothing was saved since. "

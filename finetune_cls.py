@@ -47,6 +47,7 @@ from common import (
     fill,
     load_checkpoint,
     open_run,
+    passes_of,
     read_log,
     read_table,
     restored,
@@ -180,8 +181,7 @@ def settle(args, machine):
 
 def train_step(net, samples, weights, args, machine):
     """Forward and backward of this rank's passes: its part of the batch's weighted mean loss."""
-    count = args.batch // (args.micro * machine.world)
-    passes = [to_device(next(samples), machine.device) for _ in range(count)]
+    passes = [to_device(next(samples), machine.device) for _ in passes_of(args, machine)]
     whole = machine.sum(sum(weights[b["label"]].sum() for b in passes))
     total = 0
     for b in passes:

@@ -51,6 +51,7 @@ from common import (
     is_like,
     load_checkpoint,
     open_run,
+    passes_of,
     read_json,
     read_log,
     restored,
@@ -210,7 +211,7 @@ def parser():
     words = "(published: 1000 epochs; pancreas, hepaticvessel 500; quick 6000 steps; nano 700)"
     add("--steps", type=int, help=words)
     add("--batch", type=int, help="volumes a step, all ranks (published: 4; quick 2; nano 1)")
-    add("--micro", type=int, help="volumes a pass on a device (default: its share)")
+    add("--micro", type=int, help="crops a pass on a device (default: its share)")
     add("--lr", type=float, help="(published: 3e-4, from scratch 1e-4; nano 2e-3)")
     add("--layer-decay", type=float, help="of --lr, downwards (published: 0.75; la 0.9; nano 1)")
     words = "a twentieth of the run; quick a sixth, nano a quarter"
@@ -237,7 +238,7 @@ def settle(args, machine):
         fill(args, SCRATCH)
     fill(args, PUBLISHED | {"data": f"data/{args.task}", "workers": 4 if machine.cuda else 0})
     check_least(args)
-    split_batch(args, machine, args.batch)
+    split_batch(args, machine, args.batch * args.crops)
     roi = args.roi * 3 if len(args.roi) == 1 else args.roi
     if len(roi) != 3 or min(roi) < 1:
         raise BadInput(f"--roi {args.roi}: one or three edges in voxels")
@@ -269,21 +270,20 @@ def parse_range(words):
 
 def train_step(net, samples, args, machine):
     """Forward and backward of this rank's passes: its share of the loss, the seconds it waited."""
-    passes = args.batch // (args.micro * machine.world)
-    total = waited = 0.0
-    for i in range(passes):
+    passes, total, waited = passes_of(args, machine), 0.0, 0.0
+    for places in passes:
         start = time.perf_counter()
-        image, label, chance = (t.flatten(0, 1) for t in next(samples))  # of volumes and crops
+        image, label, chance = next(samples)
         image, label = (t.to(machine.device, non_blocking=True) for t in (image, label))
         image, label = augment(image.float(), label, chance, args)  # chance is read on the host
         waited += time.perf_counter() - start
         if machine.world > 1:
-            net.require_backward_grad_sync = i + 1 == passes
+            net.require_backward_grad_sync = places is passes[-1]
         with machine.autocast():
             logits = net(image)
-        loss = segmentation_loss(logits, label) / passes
-        loss.backward()
-        total += loss.detach() / machine.world
+        loss = segmentation_loss(logits, label) * (len(places) / args.units)
+        (loss * machine.world).backward()  # the ranks' gradients are averaged
+        total += loss.detach()
     return total, waited
 
 
@@ -345,7 +345,7 @@ def main():
     # loop
     if owes:
         validate_at(first)
-    speed = {"samples_per_s": args.batch * args.crops}
+    speed = {"samples_per_s": args.units}
     loop, waited = Loop(args, machine, log, first, args.steps, "segmentation", **speed), 0.0
     samples = loop.batches(Crops(train, setting["roi"], args.crops, args.seed))
     for step in loop:
@@ -715,10 +715,10 @@ def opened(case, what):
 
 @dataclass
 class Crops:
-    """Draw n: `crops` crops of one volume, a function of (cases, seed, n) alone.
+    """Crop n, a function of (cases, seed, n) alone: `crops` in a row are of one volume.
 
-    Each pass over the cases has its own order. A draw is image float16 [crops, X, Y, Z], label
-    uint8, and chance float64 [crops, 32]: numbers for the augmentation.
+    Each pass over the cases has its own order. A crop is image float16 [X, Y, Z], label uint8, and
+    chance float64 [32]: numbers for the augmentation.
     """
 
     cases: list
@@ -727,20 +727,18 @@ class Crops:
     seed: int
 
     def __getitem__(self, n):
-        epoch, i = divmod(n, len(self.cases))
+        epoch, i = divmod(n // self.crops, len(self.cases))
         order = default_rng([self.seed, 0, epoch]).permutation(len(self.cases))
         case, rng = self.cases[order[i]], default_rng([self.seed, 1, n])
         image, label, voxels = (opened(case, a) for a in ("image", "label", "voxels"))
-        counts, room, crops = case["voxels"], np.subtract(image.shape, self.roi).clip(0), []
-        for _ in range(self.crops):  # around a labelled voxel of a class drawn first, or anywhere
-            if rng.random() < FOREGROUND and len(voxels):
-                k = rng.choice(np.flatnonzero(counts))
-                centre = voxels[sum(counts[:k]) + rng.integers(counts[k])]
-                corner = (centre - np.array(self.roi) // 2).clip(0, room)
-            else:
-                corner = rng.integers(room + 1)
-            crops.append([cut_padded(a, corner, self.roi) for a in (image, label)])
-        return *map(np.stack, zip(*crops)), rng.random((self.crops, 32))
+        counts, room = case["voxels"], np.subtract(image.shape, self.roi).clip(0)
+        if rng.random() < FOREGROUND and len(voxels):  # around a voxel of a class drawn first
+            k = rng.choice(np.flatnonzero(counts))
+            centre = voxels[sum(counts[:k]) + rng.integers(counts[k])]
+            corner = (centre - np.array(self.roi) // 2).clip(0, room)
+        else:  # anywhere
+            corner = rng.integers(room + 1)
+        return *(cut_padded(a, corner, self.roi) for a in (image, label)), rng.random(32)
 
 
 def margins(shape, roi):

@@ -38,6 +38,7 @@ from common import (
     load_checkpoint,
     open_run,
     optimiser_step,
+    passes_of,
     read_log,
     restored,
     resumed,
@@ -153,15 +154,14 @@ def train_step(net, samples, encode, step, G, args, machine):
     # batch weighs the same, so the gradient does not depend on how the batch is spread.
     """
     prefixes = draw_prefixes(step, G, args)  # [batch]
-    count = args.batch * G - int(prefixes.sum())
-    mine = prefixes.reshape(-1, machine.world, args.micro)[:, machine.rank]  # [passes, micro]
-    total = torch.zeros((), device=machine.device)
-    for i, p in enumerate(mine):
-        b = to_device(next(samples), machine.device)
+    count = args.units * G - int(prefixes.sum())
+    passes, total = passes_of(args, machine), torch.zeros((), device=machine.device)
+    for places in passes:
+        b, p = to_device(next(samples), machine.device), prefixes[places]
         share = (p.size * G - int(p.sum())) / count
         prefix = torch.from_numpy(p).to(machine.device, non_blocking=True)
         if machine.world > 1:
-            net.require_backward_grad_sync = i + 1 == len(mine)
+            net.require_backward_grad_sync = places is passes[-1]
         codes = encode(b)
         with machine.autocast():
             loss, _ = net(b["volume"], prefix, b["ranges"], codes=codes)
@@ -258,11 +258,11 @@ def build(config, args, state, tokenizer, machine):
     elif args.init:
         model = start_from(args.init, model, tokenizer, machine)
     model = choose_kernels(model.to(machine.device), args, machine)
-    passes = args.batch // machine.world // args.micro
+    passes = len(passes_of(args, machine))
     machine.say(
         f"{args.size}: {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, "
         f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}; a step is "
-        f"{args.batch} sequences: {machine.world} ranks x {passes} passes x {args.micro}"
+        f"{args.batch} sequences: {machine.world} ranks x {passes} passes of up to {args.micro}"
     )
     return model
 
@@ -324,8 +324,8 @@ def codes_of(model, tokenizer, b):
 def draw_prefixes(step, G, args):
     """Prefix lengths U{0, …, G−1} of a step's whole batch [B], the same on every rank."""
     if args.attention == "causal":
-        return np.zeros(args.batch, np.int64)
-    return np.random.default_rng([args.seed, 2, step]).integers(G, size=args.batch)
+        return np.zeros(args.units, np.int64)
+    return np.random.default_rng([args.seed, 2, step]).integers(G, size=args.units)
 
 
 def validation_set(data, G, args, machine):
@@ -513,7 +513,7 @@ def predicted_views(model, b, tokenizer, machine):
 
 def bench(model, net, encode, optimiser, G, args, machine):
     """Steps of one pass a rank on random voxels: time, share of the matrix rate, peak memory."""
-    args.batch = args.micro * machine.world
+    args.units = args.micro * machine.world
     size = [args.volume] * 3
     volume = torch.randint(-1000, 1000, (args.micro, *size), dtype=torch.int16)
     ranges = torch.tensor([-900.0, 900.0]).expand(args.micro, model.config.images, 2)

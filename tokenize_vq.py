@@ -138,13 +138,14 @@ def train_step(net, tokenizer, loader, optimiser, lr, step, args, machine):
     b = to_device(next(loader), machine.device)
     with machine.autocast():
         error, commitment, z, index = net(b["volume"], b["ranges"])
-    (error + COMMIT * commitment).backward()
+    share = len(b["volume"]) / args.units
+    ((error + COMMIT * commitment) * (share * machine.world)).backward()
     optimiser_step(optimiser, lr)
     rng = np.random.default_rng([args.seed, 5, step, machine.rank])
     most = -(-args.codes // (4 * machine.world))  # at most a quarter of the codes start anew
     tokenizer.quantiser.move(z, index, rng, machine, most, DECAY)
     losses = {"loss": error, "commitment": commitment}
-    return {name: loss.detach() / machine.world for name, loss in losses.items()}
+    return {name: loss.detach() * share for name, loss in losses.items()}
 
 
 def main():

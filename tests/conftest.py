@@ -74,7 +74,8 @@ def script(phantom_home):
         command += [str(ROOT / name), *map(str, flags)]
         start = {"args": command, "cwd": phantom_home, "env": env, "text": True}
         if popen:
-            return subprocess.Popen(**start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            start |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(**start, start_new_session=True)
         done = subprocess.run(**start, capture_output=True, timeout=540, check=False)
         said = f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         assert done.returncode == code, f"exit code {done.returncode}\n{said}"

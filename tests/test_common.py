@@ -121,23 +121,26 @@ def test_an_earlier_run_is_kept(tmp_path):
 
 
 def test_ranks_and_passes_share_the_samples_out():
-    for micro in (1, 2):
-        args = argparse.Namespace(batch=4, micro=micro)
+    for units, world, micro, passes in ((4, 2, 1, [2, 2]), (4, 2, 2, [1, 1]), (7, 3, 2, [2, 1, 1])):
+        args = argparse.Namespace(units=units, micro=micro)
         taken = []
-        for rank in range(2):
-            stream = micro_batches(3, args, machine(2, rank))
-            for _ in range(2 * 2 // micro):  # two steps
+        for rank in range(world):
+            stream = micro_batches(3, args, machine(world, rank))
+            for _ in range(2 * passes[rank]):  # two steps
                 taken += next(stream)
-        assert sorted(taken) == list(range(12, 20))
+        assert sorted(taken) == list(range(3 * units, 5 * units))
 
 
-def test_a_batch_is_split_into_the_largest_passes_that_divide_it():
-    for world, asked, micro in ((1, None, 8), (2, None, 6), (3, 3, 2), (1, 5, 4)):
-        args = argparse.Namespace(batch=24 if world == 1 else 12, micro=asked)
+def test_a_batch_is_split_over_any_number_of_ranks():
+    for world, asked, micro in ((1, None, 8), (2, None, 6), (5, None, 3), (5, 2, 2)):
+        args = argparse.Namespace(batch=12, micro=asked)
         split_batch(args, machine(world), 8)
         assert args.micro == micro
-    with pytest.raises(BadInput, match="--batch 8 does not divide over 3"):
-        split_batch(argparse.Namespace(batch=8, micro=None), machine(3), 8)
+    args = argparse.Namespace(batch=2, crops=4, micro=None)  # the unit is a crop
+    split_batch(args, machine(8), 8)
+    assert (args.units, args.micro) == (8, 1)
+    with pytest.raises(BadInput, match="--batch 2: 2 samples for 3 ranks"):
+        split_batch(argparse.Namespace(batch=2, micro=None), machine(3), 8)
 
 
 def test_an_optimiser_step_clips_scales_and_zeroes():
@@ -156,7 +159,7 @@ def test_an_optimiser_step_clips_scales_and_zeroes():
 def run_loop(tmp_path, first=0, stop_after=None, at=None):
     """What a loop of ten steps takes, and when it validates and saves; `at`: SIGTERM there."""
     args = argparse.Namespace(
-        log_every=4, save_every=3, val_every=5, stop_after=stop_after, out="out", batch=8
+        log_every=4, save_every=3, val_every=5, stop_after=stop_after, out="out", units=8
     )
     optimiser = argparse.Namespace(found_inf=torch.zeros(()))
     log = Log(tmp_path / "log.jsonl", first)
@@ -194,7 +197,7 @@ def test_a_loop_that_is_stopped_saves_and_goes_on(tmp_path):
 
 def test_validation_is_broken_off_and_owed(tmp_path):
     args = argparse.Namespace(
-        log_every=4, save_every=9, val_every=5, stop_after=None, out="o", batch=8
+        log_every=4, save_every=9, val_every=5, stop_after=None, out="o", units=8
     )
     for asked_in_step in (False, True):
         loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 10, "test")
@@ -215,7 +218,7 @@ def test_validation_is_broken_off_and_owed(tmp_path):
 def test_steps_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(tmp_path):
     w = torch.nn.Parameter(torch.ones(3))
     optimiser = torch.optim.AdamW([w], lr=0.1, fused=True)
-    args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, batch=8)
+    args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, units=8)
     args.out = "o"
     loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 12, "test")
     faults = {1: math.nan, 2: math.inf, 5: math.nan, 6: math.nan, 7: math.nan}
@@ -232,7 +235,7 @@ def test_steps_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run
 
 
 def test_a_dead_loader_process_ends_the_loop_with_what_the_step_lacks(tmp_path):
-    args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, batch=2)
+    args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, units=2)
     args.out, args.micro, args.workers = "o", 2, 1
     loop, steps = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 99, "test"), []
     samples = loop.batches(Numbers())

@@ -1,6 +1,7 @@
 """pretrain.py as its users run it: small volumes (16³ in 8³ patches), all else as in a real run."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -75,22 +76,26 @@ def test_ten_steps_are_five_and_five(script, tmp_path, ranks, workers):
 
 
 def test_processes_and_accumulation_train_the_same_model(script, tmp_path):
+    """Three share four sequences; two begin and one goes on."""
     flags = [*RUN, "--steps", 6, "--log-every", 1]
-    for name, micro, ranks in (("a", 2, 1), ("b", 2, 2), ("c", 4, 1)):
+    for name, micro, ranks in (("a", 2, 1), ("b", 1, 3), ("c", 4, 1)):
         script("pretrain.py", *flags, "--micro", micro, "--out", tmp_path / name, ranks=ranks)
-    a, b, c = (losses(tmp_path / x) for x in "abc")
-    assert len(a) == 6 and a == pytest.approx(b, rel=1e-5) and a == pytest.approx(c, rel=1e-5)
+    script("pretrain.py", *flags, "--stop-after", 3, "--out", tmp_path / "d", ranks=2)
+    script("pretrain.py", "--resume", "--out", tmp_path / "d")
+    a, *others = (losses(tmp_path / x) for x in "abcd")
+    assert len(a) == 6 and all(a == pytest.approx(other, rel=1e-5) for other in others)
     assert validations(tmp_path / "a") == pytest.approx(validations(tmp_path / "b"), rel=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_leaves(script, tmp_path, ranks):
-    flags = [*RUN, "--steps", 4000, "--val-every", 5000, "--out", tmp_path]
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 0), (1, 2)])
+def test_sigterm_saves_and_leaves(script, tmp_path, ranks, workers):
+    """To the process; to torchrun; to the whole group, the loader's processes included."""
+    flags = [*RUN, "--steps", 4000, "--val-every", 5000, "--workers", workers, "--out", tmp_path]
     process = script("pretrain.py", *flags, popen=True, ranks=ranks)
     while not losses(tmp_path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    (os.killpg if workers else os.kill)(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert "--resume goes on" in said
     if ranks == 1:  # torchrun itself reports the signal, with a traceback of its own
