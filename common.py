@@ -306,8 +306,8 @@ class Machine:
 def setup(args):
     """The Machine that --device and --dtype ask for; joins torchrun's group, seeds PyTorch.
 
-    NCCL on CUDA, gloo on CPUs; bf16 by default where the hardware multiplies it. Products in float32
-    stay exact, not TF32: codes, neighbours, probes and rivals need them so.
+    NCCL on CUDA, gloo on CPUs; bf16 by default where the hardware multiplies it. Products in
+    float32 stay exact, not TF32: codes, neighbours, probes and rivals need them so.
     """
     world, rank, local = (
         int(os.environ.get(k, d))

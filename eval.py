@@ -90,6 +90,7 @@ from finetune_seg import (
     find_cases,
     hash_share,
     invert,
+    labels_of,
     load_segmenter,
     make_phantom,
     nearest,
@@ -338,9 +339,9 @@ def seg(args, out):
 
 
 def open_segmenter(args):
-    """The function (scan, intensity range) -> logits, labels, image, geometry; setting; machine.
+    """The function (scan, intensity range) -> labels, image, geometry; setting; machine.
 
-    All are on the prepared grid [X, Y, Z], the logits [K, X, Y, Z].
+    All are on the prepared grid [X, Y, Z]; with finish=softmax, labels are shares [K, X, Y, Z].
     """
     net, setting, machine = opened_net(args, load_segmenter)
     fill(args, {"overlap": setting["overlap"]})
@@ -348,12 +349,12 @@ def open_segmenter(args):
         raise BadInput(f"--overlap {args.overlap:g}: from 0 to below 1")
     how = {"overlap": args.overlap, "device": machine.device, "mirror": range(3 * args.mirror)}
 
-    def segment(scan, intensity_range):
+    def segment(scan, intensity_range, finish=labels_of):
         volume, geometry = prepare(*scan, setting["spacing"], intensity_range)
         with machine.autocast():
-            logits = sliding_window(net, torch.from_numpy(volume), setting["roi"], **how)
-        labels = logits.argmax(0).byte().cpu().numpy()
-        return logits, labels, volume.astype(np.float32), geometry
+            image = torch.from_numpy(volume)
+            labels = sliding_window(net, image, setting["roi"], finish=finish, **how)
+        return labels, volume.astype(np.float32), geometry
 
     return segment, setting, machine
 
@@ -370,7 +371,8 @@ def score_one(case, segment, setting, args, out):
     classes, name, rows = setting["classes"], case["id"], []
     *scan, target = read_case(case, len(classes) + 1)
     mapped = range_of_case(case, setting["intensity_range"], setting["mr_after"])
-    _, labels, image, geometry = segment(scan, mapped)
+    labels, image, geometry = segment(scan, mapped)
+    labels = labels.numpy()
     ras, spacing, truth = scan[1], geometry["spacing"], prepare_labels(target, geometry)
     draw_overlay(out / f"{name}.png", image, truth, labels, classes, spacing, name)
     whole, coarse = uncut(labels, geometry), nearest(target, geometry["resampled"])
@@ -482,11 +484,16 @@ def predict_scan(scan, target, segment, setting, args):
     mapped, ct = setting["intensity_range"], args.modality == "ct"
     if setting["mr_after"] and not (ct or args.modality == "auto" and values.min() < -100):
         mapped = "percentiles"
-    logits, prediction, image, geometry = segment((values, ras, own), mapped)
+    finish = partial(torch.softmax, dim=0) if args.probabilities else labels_of
+    prediction, image, geometry = segment((values, ras, own), mapped, finish)
+    shares = prediction
+    if args.probabilities:
+        prediction = labels_of(shares)
+    prediction = prediction.numpy()
     labels, affine = invert(prediction, geometry)
     save_like(scan, file, labels, affine)
     if args.probabilities:
-        shares = shares_of(logits, geometry, own)
+        shares = resampled_shares(shares, geometry, own)
         save_like(scan, f"{target}.probabilities.nii.gz", shares, affine, 1 / 255)
     if args.overlay:
         shown = image, None, prediction, classes, geometry["spacing"], scan.name
@@ -496,13 +503,13 @@ def predict_scan(scan, target, segment, setting, args):
     return {"scan": str(scan), "range": mapped, "volume_ml": volumes}
 
 
-def shares_of(logits, geometry, own):
-    """Logits [K, …] on the prepared grid -> softmax in steps of 1/255 on the file's own grid.
+def resampled_shares(prepared, geometry, own):
+    """Shares [K, …] on the prepared grid -> in steps of 1/255 on the file's own grid.
 
     uint8 [X, Y, Z, K]. Beyond the foreground all is background.
     """
     shares = []
-    for k, share in enumerate(logits.softmax(0).cpu()):
+    for k, share in enumerate(prepared):
         whole = torch.full(geometry["resampled"], float(k == 0))
         whole[boxed(geometry["box"])] = share
         whole = F.interpolate(whole[None, None], geometry["shape"], mode="trilinear")[0, 0]

@@ -972,35 +972,56 @@ def starts(size, roi, overlap):
 
 
 @torch.no_grad()
-def sliding_window(predict, volume, roi, overlap=0.75, batch=WINDOWS, device="cpu", mirror=()):
+def sliding_window(
+    predict, volume, roi, overlap=0.75, batch=WINDOWS, device="cpu", mirror=(), finish=torch.clone
+):
     """Mean of the windows' predictions with Gaussian weights (σ = roi / 8, as nnU-Net has it).
 
-    predict: [B, *roi] on `device` -> [B, K, *roi]. volume: [X, Y, Z] on the host, padded with zeros
-    where it is smaller than the window. mirror: axes, for the mean over all flips of them. Returns
-    float32 [K, X, Y, Z], on a GPU if that takes less than half of its free memory.
+    predict: [B, *roi] on `device` -> [B, K, *roi]. volume: a tensor [X, Y, Z], padded with zeros
+    where it is smaller than the window. mirror: axes, for the mean over all flips of them. finish:
+    the means of some planes [K, n, Y, Z] -> what is wanted of them, such as labels [n, Y, Z]; only
+    one window's depth of sums is held, and planes that no later window reaches are finished and let
+    go. Returns those, joined on the host: float32 [K, X, Y, Z] without a `finish`.
     """
-    inner = boxed((a, r - b) for (a, b), r in zip(margins(volume.shape, roi), roi))
-    corners = [*itertools.product(*map(starts, volume.shape, roi, [overlap] * 3))]
+    room = margins(volume.shape, roi)
+    inner = boxed((a, a + n) for (a, _), n in zip(room, volume.shape))
+    pads = [n for pair in reversed(room) for n in pair]
+    volume = F.pad(volume.to(device).float(), pads)
     weight = torch.cartesian_prod(*(bell(r, r / 8) for r in roi)).prod(1).view(*roi)
     weight = weight.clamp(min=1e-3).to(device)  # the corners would all but vanish
-    flips, total = [()], None
+    xs, *rest = map(starts, volume.shape, roi, [overlap] * 3)
+    corners, flips = [*itertools.product(*rest)], [()]
     for axis in mirror:
         flips += [(*f, axis - 3) for f in flips]
-    for i in range(0, len(corners), batch):
-        part = corners[i : i + batch]
-        x = np.stack([cut_padded(volume, c, roi) for c in part])
-        x = torch.from_numpy(x).to(device).float()  # [B, *roi]
-        y = sum(predict(x.flip(f)).float().flip(f) for f in flips)  # [B, K, *roi]
-        y = F.pad(y, (*[0] * 7, 1), value=len(flips))  # one more, for the sum of the weights
-        y *= weight / len(flips)
-        if total is None:
-            shape = y.shape[1], *volume.shape
-            free = torch.cuda.mem_get_info(device)[0] if x.is_cuda else 0
-            total = torch.zeros(shape, device=device if 8 * np.prod(shape) < free else "cpu")
-        for c, scores in zip(part, y):
-            cut(total, (0, *c), scores.shape).add_(scores[:, *inner].to(total.device))
-        del y, scores  # before the next ones are there
-    return total[:-1].div_(total[-1])
+    layer = volume.new_zeros(roi[0], *volume.shape[1:])  # of windows side by side: their weights
+    for c in corners:
+        cut(layer, (0, *c), roi).add_(weight)
+    weight, weights, sums, done = weight / len(flips), torch.zeros_like(layer), None, []
+    for x, end in zip(xs, [*xs[1:], volume.shape[0]]):
+        for i in range(0, len(corners), batch):
+            part = corners[i : i + batch]
+            windows = torch.stack([cut(volume, (x, *c), roi) for c in part])  # [B, *roi]
+            scores = predict(windows.flip(flips[0])).float()
+            for f in flips[1:]:
+                scores = scores + predict(windows.flip(f)).float().flip(f)  # [B, K, *roi]
+            if sums is None:
+                sums = layer.new_zeros(scores.shape[1], *layer.shape)
+            for c, score in zip(part, scores):
+                cut(sums, (0, 0, *c), score.shape).addcmul_(score, weight)
+        weights += layer
+        n = end - x
+        done.append(finish(sums[:, :n].div_(weights[:n])).cpu())
+        for planes in (sums.transpose(0, 1), weights):  # what is left moves up
+            for i in range(0, roi[0] - n, n):  # by as many as were let go: no copy in between
+                chunk = planes[i + n : i + 2 * n]
+                planes[i : i + len(chunk)] = chunk
+            planes[roi[0] - n :] = 0
+    return torch.cat(done, -3)[..., *inner]
+
+
+def labels_of(scores):
+    """[K, n, Y, Z] -> the classes of the highest scores, uint8 [n, Y, Z]."""
+    return scores.argmax(0).byte()
 
 
 def overlap_counts(prediction, target, classes):
@@ -1019,10 +1040,10 @@ def evaluate(model, cases, setting, machine):
     counts, first = torch.zeros(len(cases), K, 3, dtype=torch.int64), None
     roi, overlap = setting["roi"], setting["overlap"]
     for i in tqdm(mine, desc="validation", leave=False, disable=not machine.main):
-        image, target = opened(cases[i], "image"), torch.tensor(opened(cases[i], "label"))
+        image, target = (torch.tensor(opened(cases[i], a)) for a in ("image", "label"))
         with machine.autocast():
-            scores = sliding_window(model, image, roi, overlap, device=machine.device)
-        prediction = scores.argmax(0).cpu()
+            how = {"device": machine.device, "finish": labels_of}
+            prediction = sliding_window(model, image, roi, overlap, **how)
         counts[i] = overlap_counts(prediction, target, K)
         counts[i, :, 2] += torch.tensor(cases[i]["outside"])
         if i == 0:
