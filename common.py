@@ -49,7 +49,8 @@ def cli(main):
     except BadInput as e:
         rank = int(os.environ.get("RANK", "0"))
         prefix = f"error (rank {rank})" if rank else "error"
-        print(f"{prefix}: {e}", file=sys.stderr, flush=True)
+        words = str(e)[:4000].replace("\n", " ")  # whatever the names and values in it
+        print(f"{prefix}: {words}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -105,6 +106,8 @@ def read_json(path, what, shape=dict):
     """
     try:
         value = json.loads(Path(path).read_text())
+        if b"\\u0000" in os.fsencode(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("a text holds NUL")
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
         raise BadInput(f"{path}: cannot be read as JSON ({why}); it should be {what}") from None

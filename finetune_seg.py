@@ -84,7 +84,7 @@ from serialize import (
     linear_weights,
     normalise,
     read_h5,
-    read_scan,
+    read_named,
     resampled,
     stamp_of,
     stem_of,
@@ -425,7 +425,7 @@ def find_cases(name, data, classes, machine):
         if (root / file).exists():
             notes = read_json(root / file, "the Decathlon's table of contents", CONTENTS)
     labels = notes.get("labels", {}).items()
-    named = {int(k): str(v) for k, v in labels if k.isdecimal() and k.strip("0")}
+    named = {int(k[:9]): str(v) for k, v in labels if k.isdecimal() and k.strip("0")}
     classes = classes or task["classes"] or [named[k] for k in sorted(named)]
     if not 1 <= len(classes) <= 255:
         raise BadInput(
@@ -441,7 +441,7 @@ def find_cases(name, data, classes, machine):
     often = Counter(c["id"] for c in cases)
     for c in cases:
         if often[c["id"]] > 1:  # files of one name: told apart by their folders
-            c["id"] = os.path.relpath(c["image"].removesuffix(suffix_of(c["image"])), root)
+            c["id"] = os.path.relpath(c["image"].removesuffix(suffix_of(c["image"]) or ""), root)
     for key in ("id", "image", "label"):
         seen = {}
         for c in cases:
@@ -462,7 +462,7 @@ def find_cases(name, data, classes, machine):
 
 def hash_share(name):
     """A number in [0, 1) that depends on the name of a case alone."""
-    return int(digest(name.encode(), 8), 16) / 2**64
+    return int(digest(name, 8), 16) / 2**64
 
 
 def listed(root, notes):
@@ -470,7 +470,8 @@ def listed(root, notes):
     for split, key, _ in SPLITS:
         for e in notes.get(key, []):
             if not is_like(e, {"image": str, "label": str}):
-                continue  # a test scan has no label
+                words = f"lists {e!r} under {key}, where {{image: FILE, label: FILE}} is needed"
+                raise BadInput(f"{root / 'dataset.json'}: {words}")
             if e.keys() >= {"image", "label"} and "/._" not in e["image"]:
                 image = root / e["image"]
                 yield stem_of(image), image, root / e["label"], split
@@ -482,7 +483,7 @@ def found_on_disk(root):
         for label in (root / f"labels{tag}").glob("[!.]*.nii*"):
             image = root / f"images{tag}" / label.name
             channel = image.with_name(f"{stem_of(label)}_0000.nii.gz")  # nnU-Net's names
-            image = channel if channel.exists() else image
+            image = channel if os.path.exists(channel) else image
             yield stem_of(label), image, label, split
 
 
@@ -534,14 +535,6 @@ def read_case(case, K):
     else:
         return values, ras, own, whole
     raise BadInput(f"{case['label']}: {wrong}")
-
-
-def read_named(path, reader=read_scan):
-    """reader(path), where BadInput names the file."""
-    try:
-        return reader(path)
-    except BadInput as e:
-        raise BadInput(f"{path}: {e}") from None
 
 
 # ---- preparation and back --------------------------------------------------------------------
@@ -654,7 +647,7 @@ def prepare_all(cases, setting, machine):
         files = [*filter(os.path.exists, (c["image"], c["label"]))]
         intensity_range = range_of_case(c, setting["intensity_range"], setting["mr_after"])
         how = [len(setting["classes"]) + 1, setting["spacing"], intensity_range]
-        key = repr((VERSION, files, stamp_of(files), how)).encode()
+        key = repr((VERSION, files, stamp_of(files), how))
         path = f"{folder / c['id'].replace('/', '_')[:80]}-{digest(key, 6)}"
         jobs.append(c | {"path": path, "how": how})
     machine.say(f"{len(jobs)} cases; prepared scans are kept in {folder}")
@@ -936,12 +929,18 @@ class Segmenter(nn.Module):
         return self.decoder(volume[:, None], grids)
 
 
+SETTING = {"classes": [str], "roi": [int], "overlap": float, "features": int, "decoder": str}
+SETTING |= {"spacing": (list, type(None)), "intensity_range": (list, str)}
+
+
 def load_segmenter(path):
     """The Segmenter in a checkpoint, and its setting: task, classes, intensity range, roi, …"""
     state = load_checkpoint(path, SEGMENTER)
-    setting, encoder = state["setting"], Model(config_of(Config, state, path))
-    shape = setting["features"], setting["decoder"]
-    net = Segmenter(encoder, len(setting["classes"]) + 1, *shape)
+    setting, encoder = state.get("setting"), Model(config_of(Config, state, path))
+    if not is_like(setting, SETTING) or SETTING.keys() - setting.keys():
+        raise BadInput(f"{path}: its setting is {setting}, which should be like {SETTING}")
+    shape = len(setting["classes"]) + 1, setting["features"], setting["decoder"]
+    net = read_named(path, lambda _: Segmenter(encoder, *shape))
     fit(net, state["model"], path)
     return net, setting
 

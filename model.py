@@ -349,12 +349,13 @@ def load_pretrained(path, heads=None):
     for: BadInput names what is missing, left over or of the wrong shape.
     """
     state = load_checkpoint(path)
+    theirs = state.get("state_dict")
     if state.get("format") == FORMAT:
         config, weights = config_of(Config, state, path), state["model"]
         if heads not in (None, config.heads):
             raise BadInput(f"{path}: has {config.heads} heads, not {heads}; choose another --size")
-    elif "model.embed_tokens.weight" in (state.get("state_dict") or {}):
-        config, weights = from_published(state["state_dict"], heads, path)
+    elif isinstance(theirs, dict) and "model.embed_tokens.weight" in theirs:
+        config, weights = from_published(theirs, heads, path)
     else:
         raise BadInput(
             f"{path}: neither a checkpoint of pretrain.py (format {FORMAT}) nor the published "
@@ -371,7 +372,7 @@ def fit(net, weights, path):
     want = {k: kind_of(v) for k, v in net.state_dict().items()}
     have = {k: kind_of(v) for k, v in weights.items()}
     wrong = []
-    for k in sorted(want.keys() | have.keys()):
+    for k in sorted(want.keys() | have.keys(), key=str):
         if want.get(k) != have.get(k):
             wrong.append(f"{k} {have.get(k, 'missing')} (needed {want.get(k, 'nothing')})")
     if wrong:
@@ -385,7 +386,8 @@ def fit(net, weights, path):
 
 def kind_of(tensor):
     """What must agree for a weight to be loaded: its shape, and that it holds real numbers."""
-    return tuple(tensor.shape), "" if tensor.is_floating_point() else str(tensor.dtype)
+    fine = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+    return tuple(tensor.shape), "" if fine else f"{tensor.dtype} {tensor.layout} {tensor.device}"
 
 
 def config_of(cls, state, path):
@@ -394,6 +396,9 @@ def config_of(cls, state, path):
         config = cls(**state["config"])
         weights = sum(w.numel() for w in state["model"].values())
         wanted = config.least
+        for k, v in vars(config).items():
+            if not isinstance(v, str) and (not isinstance(v, int) or v < (k != "codes")):
+                raise ValueError(f"{k} {v}")
     except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError) as e:
         raise BadInput(f"{path}: its configuration cannot be read ({e!r})") from None
     if not 0 < wanted <= weights:

@@ -50,6 +50,7 @@ from common import (
     cli,
     cores,
     figure_of,
+    is_like,
     keep_freed_memory,
     parallel,
     read_table,
@@ -61,6 +62,7 @@ from model import to_unit, token_order
 from phantom import write_phantom
 
 KINDS = ("spatial", "contrast", "semantic")
+SPLITS = ("train", "val")
 CONTRASTS = ("t1n", "t1c", "t2w", "t2f")  # BraTS 2023, in the published order
 # crops a scan, boxes a patient, tuples a lesion type
 PUBLISHED = {"spatial": 50, "contrast": 100, "semantic": 20_000}
@@ -209,6 +211,7 @@ def read_scan(path):
     if not suffix or suffix in SITK:
         reader = read_sitk
     values, affine = because(reader, path)
+    check_volume(values.shape, values.dtype)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise BadInput("its affine is singular: the header does not say where the voxels are")
     axes = nib.orientations.io_orientation(affine)
@@ -227,24 +230,41 @@ def because(reader, *args):
         raise BadInput(words.splitlines()[0][:180]) from None
 
 
+def read_named(path, reader=read_scan):
+    """reader(path), where BadInput names the file."""
+    try:
+        return because(reader, path)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+
+
 def header_of(path):
     """The image of a NIfTI file, its voxels not read, and its affine in mm; BadInput: no volume."""
     img = nib.load(path)
     if not isinstance(img, nib.nifti1.Nifti1Pair) or isinstance(img, nib.Cifti2Image):
         raise BadInput(f"a {type(img).__name__}, not a NIfTI volume")
-    shape, stored = img.shape, img.get_data_dtype()
+    stored = img.get_data_dtype()
+    check_volume(img.shape, stored)
+    holder = img.file_map.get("header", img.file_map["image"])
+    with holder.get_prepare_fileobj("rb") as f:  # as it is: nibabel mends what it shows
+        bits = int(type(img.header).from_fileobj(f, check=False)["bitpix"])
+    offset, least = img.dataobj.offset, img.header.is_single * img.header.single_vox_offset
+    if bits != 8 * stored.itemsize or offset < least:
+        words = f"bitpix {bits} with voxels of type {stored}, from byte {offset} on"
+        raise BadInput(f"its header is damaged: {words}")
+    unit = {"meter": 1000.0, "micron": 0.001}.get(img.header.get_xyzt_units()[0], 1.0)
+    return img, np.diag([unit, unit, unit, 1]) @ img.affine
+
+
+def check_volume(shape, dtype):
+    """BadInput if an array of this shape and type is not a volume, or frames, of numbers."""
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise BadInput(f"2D ({text_of(shape)})")
     if len(shape) > 4 or min(shape) < 1:
         raise BadInput(f"{len(shape)} axes ({text_of(shape)}), as a vector field has, or none")
-    if stored.kind not in "iuf":
-        raise BadInput(f"voxels of type {stored}, neither integers nor floats")
-    bits = int(img.header["bitpix"])
-    if bits != 8 * stored.itemsize:
-        raise BadInput(f"its header is damaged: bitpix {bits} with voxels of type {stored}")
+    if dtype.kind not in "iuf":
+        raise BadInput(f"voxels of type {dtype}, neither integers nor floats")
     check_memory(shape)
-    unit = {"meter": 1000.0, "micron": 0.001}.get(img.header.get_xyzt_units()[0], 1.0)
-    return img, np.diag([unit, unit, unit, 1]) @ img.affine
 
 
 def check_size(shape):
@@ -278,9 +298,10 @@ def voxels_of(path, offset, dtype, shape):
 
     The stream is read to its end, where gzip keeps the checksum; memory is taken as bytes come.
     """
-    size = offset + math.prod(shape) * dtype.itemsize
+    size, data = offset + math.prod(shape) * dtype.itemsize, bytearray()
     with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as f:
-        data = f.read(size)
+        while part := f.read(min(SLACK, size - len(data))):
+            data += part
         rest = len(f.read(SLACK + 1))
     if len(data) < size or rest > SLACK:
         have = f"{len(data):,} bytes" if len(data) < size else f"over {SLACK:,} bytes more"
@@ -321,13 +342,14 @@ def read_h5(path, name="image"):
     with h5py.File(path) as f:
         if name not in f:
             raise BadInput(f"an HDF5 file without {name}")
+        check_volume(f[name].shape, f[name].dtype)
         return f[name][:], np.diag([ATRIUM] * 3 + [1])
 
 
 def read_npz(path):
     with np.load(path) as z:
         images = z["train_images"]
-    if images.ndim != 4 or images.dtype.kind not in "iuf":
+    if images.ndim != 4:
         raise BadInput(f"its train_images are {images.dtype} {images.shape}, not [N, X, Y, Z]")
     return np.moveaxis(images, 0, 3), np.eye(4)
 
@@ -544,7 +566,7 @@ def semantic_jobs(table, folder):
         case = row[0].rsplit("_", 1)[0]
         lesions[Path(folder, f"{case}_{start:03d}-{end:03d}.nii.gz")].append(lesion)
     for volume, marked in sorted(lesions.items()):
-        if volume.is_file():
+        if os.path.isfile(volume):
             yield job_of("semantic", volume, volume.name.split("_")[0], lesions=marked)
         else:
             yield volume, "named in DL_info.csv, but no such file"
@@ -569,7 +591,7 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
     stamps |= {job_key(r): None for r in rows if not holds(out, r)}
     jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
     for key, job in jobs.items():
-        how = json.dumps([job["lesions"], spacing]).encode()
+        how = json.dumps([job["lesions"], spacing])
         stamp = [*stamp_of(job["files"]), digest(how, 8)]
         if stamps.get(key) != stamp:
             stamps[key] = None
@@ -621,6 +643,8 @@ def stamp_of(files):
 
 
 def digest(data, size):
+    """A hash of a text or of bytes, in hexadecimal digits."""
+    data = os.fsencode(data) if isinstance(data, str) else data  # file names may hold any byte
     return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
@@ -680,7 +704,7 @@ def store_array(job, values, shape, affine, source):
     array = resize(torch.from_numpy(whole), shape).contiguous().numpy()
     source = os.path.abspath(source)
     name = f"{job['kind']} {source}"
-    file = f"arrays/{digest(name.encode(), 10)}.npy"
+    file = f"arrays/{digest(name, 10)}.npy"
     with write_beside(Path(job["out"]) / file) as tmp:
         np.save(tmp, array, allow_pickle=False)
     return {
@@ -756,6 +780,19 @@ def holds(corpus, row):
     return file.is_file() and file.stat().st_size >= 2 * math.prod(row["shape"])
 
 
+ROW = {"kind": str, "file": str, "patient": (str, int), "group": (str, int), "shape": [int]}
+MORE = {"split": str, "centre": [(int, float)]}
+
+
+def is_row(r):
+    """Whether it is like what `build` writes into an index."""
+    if not is_like(r, ROW | MORE) or ROW.keys() - r.keys() or r["kind"] not in KINDS:
+        return False
+    placed = r["kind"] != "semantic" or len(r.get("centre", ())) == 2
+    right = len(r["shape"]) == 3 and min(r["shape"]) > 0 and r.get("split", "val") in SPLITS
+    return placed and right
+
+
 def read_index(corpus, name="index.jsonl", whole=True):
     """The rows of a corpus; BadInput if there is none or (whole) if an array is not all there."""
     path = Path(corpus) / name
@@ -765,9 +802,11 @@ def read_index(corpus, name="index.jsonl", whole=True):
             "or --spatial DIR"
         )
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(t, parse_constant=int) for t in path.read_text().splitlines()]
+        if not all(is_row(r) and (not whole or "split" in r) for r in rows):
+            raise ValueError
         faulty = [r for r in rows if not holds(corpus, r)]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, OSError, RecursionError):
         raise BadInput(
             f"{path}: not an index of serialize.py; delete it and build the corpus again"
         ) from None
@@ -915,7 +954,7 @@ def split_by_patient(rows, val, seed, images=4):
     for (kind, _), patients in sorted(strata.items()):
         least = images if kind == "semantic" else 1
         wanted = max(least, round(val * len(patients))) if len(patients) >= 2 * least else 0
-        new = sorted(patients - known - held, key=lambda p: digest(f"{seed} {p[1]}".encode(), 8))
+        new = sorted(patients - known - held, key=lambda p: digest(f"{seed} {p[1]}", 8))
         held.update(new[: max(0, wanted - len(patients & held))])
     # the same voxels may serve two kinds: those who own them validate in both or in none
     while torn := [group for group in owners.values() if group & held and group - held]:
@@ -941,9 +980,7 @@ def label_subset(patients, share, seed=0, strata=None):
         raise BadInput(f"--labels {share:g}: a share of the training patients, above 0, up to 1")
     groups, chosen = defaultdict(dict), set()
     for n, patient in enumerate(patients):
-        groups[None if strata is None else strata[n]][patient] = digest(
-            f"{seed} {patient}".encode(), 8
-        )
+        groups[None if strata is None else strata[n]][patient] = digest(f"{seed} {patient}", 8)
     for group in groups.values():
         chosen.update(sorted(group, key=group.get)[: max(1, round(share * len(group)))])
     return [p for p in dict.fromkeys(patients) if p in chosen]
@@ -953,7 +990,7 @@ def listed_names(path, patients):
     """The names in a text file, which must all be among `patients`."""
     try:
         names = Path(path).read_text().split()
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise BadInput(f"--labels {path}: neither a share nor a list of names ({e})") from None
     unknown = {*names} - {*patients}
     if unknown or not names:
@@ -989,7 +1026,7 @@ class Sequences(torch.utils.data.Dataset):
                 f"--stride {stride}: {images} slabs of {self.depth} slices reach beyond a crop "
                 f"of {size}"
             )
-        self.seed = [seed, ("train", "val").index(split)]
+        self.seed = [seed, SPLITS.index(split)]
         rows = [r for r in read_index(corpus) if r["split"] == split]
         self.rows = {k: [r for r in rows if r["kind"] == k] for k in KINDS}
         self.scans, contrasts, lesions = self.rows.values()
