@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except Exception:  # noqa: BLE001  (the frames are let go, so that loader processes can end)
+        traceback.print_exc()
+        sys.exit(1)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -435,7 +439,7 @@ def resumed(parser, args, out, format):
     unset = object()
     blank = argparse.Namespace(**{k: unset for k in vars(args)})
     given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
-    saved = {**state["args"], "stop_after": None, "micro": None}
+    saved = {**state["args"], "stop_after": None}
     for k, v in given.items():
         if k not in FREE and k in saved and v != saved[k]:
             raise BadInput(
@@ -467,15 +471,16 @@ def open_run(out, args, machine, state=None):
     if state is None and (out / "ckpt.pt").exists():
         n = next(n for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
         (out / f"earlier-{n}").mkdir()
-        for f in filter(Path.is_file, [*out.iterdir()]):
-            os.replace(f, out / f"earlier-{n}" / f.name)
+        for f in [*out.iterdir()]:
+            if f.name != ".lock" and (f.is_file() or f.name.startswith("eval-")):
+                os.replace(f, out / f"earlier-{n}" / f.name)
         machine.say(f"{out} held an earlier run, which is now in earlier-{n} (--resume goes on)")
     elif state is None and args.resume:
         machine.say(f"no checkpoint in {out}: starting at step 0")
     write_json(out / "args.json", vars(args))
     if (out / "ckpt.pt").is_dir():
         raise BadInput(f"{out / 'ckpt.pt'}: a folder is in the way of the checkpoint; remove it")
-    log = Log(out / "log.jsonl", state and state["step"])
+    log = Log(out / "log.jsonl", state and state["step"], state and state.get("owes"))
     log.lock = lock
     return log
 
@@ -494,9 +499,11 @@ def lock_of(out):
         ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         raise BadInput(f"{out}: in use by {lock.read()}; choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
     lock.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
     return lock
@@ -704,8 +711,11 @@ class Loop:
 
     @contextlib.contextmanager
     def paused(self, hurried=False):
-        """The clock stands still: rates are of training alone. hurried: a signal breaks it off."""
-        start, self.hurried = time.perf_counter(), hurried
+        """The clock stands still: rates are of training alone.
+
+        hurried: a signal breaks it off; not with several ranks, which would wait for one another.
+        """
+        start, self.hurried = time.perf_counter(), hurried and self.machine.world == 1
         try:
             yield
         except Interrupted:
@@ -720,6 +730,7 @@ class Loop:
     def validates(self):
         """Whether to validate now. Not where it was asked to stop: the run then owes it."""
         due = self.due(self.args.val_every)
+        self.stopping = self.stopping or due and self.agreed()
         self.owes = due and self.stopping
         return due and not self.owes
 
@@ -741,11 +752,13 @@ class Log:
     On resume, lines later than the checkpoint's step are dropped: they will come again.
     """
 
-    def __init__(self, path, step=None):
+    def __init__(self, path, step=None, owes=False):
         self.path = path
         if path is None:
             return
         kept = [row for row in read_log(path) if step is not None and row["step"] <= step]
+        if owes:  # what it owes comes again
+            kept = [row for row in kept if row["step"] < step or "loss" in row]
         with write_beside(path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in kept))
 

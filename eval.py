@@ -1,7 +1,7 @@
 """Scores, predictions on new scans, probes of frozen features, next-patch errors, the table.
 
     python eval.py seg --ckpt out/seg-phantom/best.pt               # Dice, surface Dice, HD95, …
-    python eval.py cls --ckpt out/cls-nodule-phantom/best.pt        # AUC and the rest, intervals
+    python eval.py cls --ckpt out/cls-phantom-cls/best.pt           # AUC and the rest, intervals
     python eval.py predict --ckpt out/seg-amos/best.pt SCAN…        # label maps on the scans' grids
     python eval.py probe --ckpt out/pretrain/ckpt.pt --layer all    # kNN and linear probes by block
     python eval.py pretrain --ckpt out/pretrain/ckpt.pt             # loss by kind, prefix, position
@@ -27,6 +27,7 @@ X Y Z voxels, K classes with the background, N cases or samples, B sequences, G 
 P³ voxels of a patch, F features.
 """
 
+import contextlib
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import defaultdict
@@ -913,11 +914,13 @@ def read_run(folder, args):
     """A run: cell, seed, value, settings, Dice of each class, cases and their scores.
 
     Cases are ids, or (file, patient, label); scores Dice [N, K], or probabilities [N, K]. Where
-    `eval.py seg` has scored it, once more for each of its scores on the scans' own grid.
+    `eval.py seg` has scored its ckpt.pt, once more for each of its scores on the scans' own grid.
     """
     m = read_json(folder / "metrics.json", "the metrics of a run")
     try:
         task, labels, init = args["task"], str(args["labels"]), args["init"]
+        with contextlib.suppress(ValueError):  # a list of names stays as it is
+            labels = f"{float(labels):g}"
         init += ", frozen" * args["freeze"]
         if "mean_dice" in m:
             metric, value, dice, seed = "Dice", m["mean_dice"], m["dice"], args["seed"]
@@ -929,8 +932,11 @@ def read_run(folder, args):
         run |= {"task": f"{task}, {metric}", "name": f"{init}, {labels}"}
         settings = {f"{k} {v}" for k, v in args.items() if k not in ASIDE}
         run |= {"cell": (task, labels, metric, init), "settings": settings}
-        path, runs = folder / "eval-seg/cases.csv", [run]
-        rows = read_table(path) if path.exists() else []
+        path, runs, rows = folder / "eval-seg", [run], []
+        if (path / "metrics.json").exists():
+            how = read_json(path / "metrics.json", "the scores of eval.py seg")["args"]
+            if (how["split"], Path(how["ckpt"]).name) == ("val", "ckpt.pt"):
+                rows = read_table(path / "cases.csv")
         rows = [r for r in rows if (r["grid"], r["class"]) == ("own", "mean")]
         for name in SCORES[:3] if rows else ():
             scores = np.array([[float(r[name] or "nan")] for r in rows])
@@ -938,7 +944,9 @@ def read_run(folder, args):
             own |= {"value": float(np.nanmean(scores)), "task": f"{task}, {name}"}
             runs.append({**run, **own, "cell": (task, labels, f"{name}, own grid", init)})
         return runs
-    except (KeyError, TypeError, OSError) as e:
+    except (KeyError, TypeError, ValueError) as e:
+        if isinstance(e, BadInput):
+            raise
         words = "metrics.json or args.json is not as the fine-tuning scripts write it"
         raise BadInput(f"{words} ({type(e).__name__}: {e})") from None
 

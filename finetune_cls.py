@@ -223,6 +223,8 @@ def main():
     chosen = label_subset(patients, args.labels, args.seed, labels)
     train = [c for c in train if c["patient"] in chosen]
     counts = np.bincount(column(train, "label"), minlength=K)
+    if not counts.all():
+        raise BadInput(f"--labels {args.labels}: leaves {counts} training cases of {classes}")
     machine.say(f"{len(train)} training cases, {counts} of {', '.join(classes)}")
     weights = (len(train) / (K * counts)) ** args.class_weights  # False: all 1
     weights = torch.from_numpy(weights).float().to(machine.device)

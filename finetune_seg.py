@@ -894,6 +894,8 @@ class Light(nn.Module):
 
     def __init__(self, width, patch, classes, f):
         super().__init__()
+        if patch not in (2, 4, 8, 16):
+            raise BadInput(f"patch {patch}: --decoder light takes 2, 4, 8 or 16")
         first = 2 ** (patch.bit_length() // 2)
         self.enter = upsampler(4 * width, 8 * f, first)
         self.up = upsampler(8 * f, 2 * f, patch // first)

@@ -374,7 +374,8 @@ def fit(net, weights, path):
     wrong = []
     for k in sorted(want.keys() | have.keys(), key=str):
         if want.get(k) != have.get(k):
-            wrong.append(f"{k} {have.get(k, 'missing')} (needed {want.get(k, 'nothing')})")
+            is_, should = (" ".join(map(str, of.get(k, ["missing"]))) for of in (have, want))
+            wrong.append(f"{k} {is_.strip()} (needed {should.strip()})")
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise BadInput(f"{path}: {len(wrong)} weights do not fit: {'; '.join(wrong[:4])}{more}")

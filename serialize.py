@@ -162,13 +162,16 @@ def main():
     if args.phantom:
         args.out = ensure_phantom(args.seed, args.workers)
     if args.audit:
-        return audit(*map(Path, args.audit), args.workers)
+        return audit(*map(Path, args.audit), args.exclude, args.patient, args.workers)
     if args.scans:
         jobs = collect(  # and what is left out
             args.spatial or [], args.contrast or [], args.semantic, args.exclude, args.patient
         )
     if args.check:
-        return check_scans(*jobs, args.workers) if args.scans else check_corpus(Path(args.out))
+        corpus = Path(args.out)
+        return (
+            check_scans(*jobs, args.workers) if args.scans else check_corpus(corpus, args.workers)
+        )
     if args.scans:
         build(*jobs, args.out, args.val, args.seed, args.workers, args.spacing)
     if args.inspect or args.bench:
@@ -212,8 +215,6 @@ def read_scan(path):
         reader = read_sitk
     values, affine = because(reader, path)
     check_volume(values.shape, values.dtype)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise BadInput("its affine is singular: the header does not say where the voxels are")
     axes = nib.orientations.io_orientation(affine)
     ras = affine @ nib.orientations.inv_ornt_aff(axes, values.shape[:3])
     return nib.orientations.apply_orientation(values, axes), ras, affine
@@ -253,7 +254,13 @@ def header_of(path):
         words = f"bitpix {bits} with voxels of type {stored}, from byte {offset} on"
         raise BadInput(f"its header is damaged: {words}")
     unit = {"meter": 1000.0, "micron": 0.001}.get(img.header.get_xyzt_units()[0], 1.0)
-    return img, np.diag([unit, unit, unit, 1]) @ img.affine
+    return img, checked_affine(np.diag([unit, unit, unit, 1]) @ img.affine)
+
+
+def checked_affine(affine):
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise BadInput("its affine is singular: the header does not say where the voxels are")
+    return affine
 
 
 def check_volume(shape, dtype):
@@ -330,7 +337,7 @@ def read_sitk(path):
     matrix = np.array(img.GetDirection()).reshape(3, 3) * img.GetSpacing()
     affine = nib.affines.from_matvec(matrix, img.GetOrigin())
     affine[:2] *= -1  # ITK points to the left and posterior, NIfTI to the right and anterior
-    return sitk.GetArrayFromImage(img).transpose(2, 1, 0), affine
+    return sitk.GetArrayFromImage(img).transpose(2, 1, 0), checked_affine(affine)
 
 
 def read_h5(path, name="image"):
@@ -346,11 +353,11 @@ def read_h5(path, name="image"):
         return f[name][:], np.diag([ATRIUM] * 3 + [1])
 
 
-def read_npz(path):
+def read_npz(path, name="train_images"):
     with np.load(path) as z:
-        images = z["train_images"]
+        images = z[name]
     if images.ndim != 4:
-        raise BadInput(f"its train_images are {images.dtype} {images.shape}, not [N, X, Y, Z]")
+        raise BadInput(f"its {name} are {images.dtype} {images.shape}, not [N, X, Y, Z]")
     return np.moveaxis(images, 0, 3), np.eye(4)
 
 
@@ -722,6 +729,8 @@ def store_array(job, values, shape, affine, source):
 
 def resampled(shape, affine, spacing):
     """The shape nearest to `spacing` (mm; None: as it is) over the same extent, and its affine."""
+    if spacing and not min(spacing) > 0:
+        raise BadInput(f"--spacing {text_of(spacing)}: millimetres, above 0")
     size = nib.affines.voxel_sizes(affine)
     new = [max(1, round(n)) for n in (np.multiply(shape, size) / (spacing or size)).tolist()]
     check_memory(new)
@@ -829,7 +838,8 @@ def check_scans(jobs, skipped, workers=None):
         facts += rows
         skipped += [(job["source"], reason)] * bool(reason)
     for row in facts:
-        files[os.path.getsize(row["file"])].append(row["file"])
+        if os.path.isfile(row["file"]):  # not a folder of DICOM
+            files[os.path.getsize(row["file"])].append(row["file"])
     twins = Counter(
         digest(Path(f).read_bytes(), 16) for same in files.values() if len(same) > 1 for f in same
     )
@@ -848,7 +858,7 @@ def check_scans(jobs, skipped, workers=None):
     print(f"files that others have too, byte for byte: {sum(n - 1 for n in twins.values())}")
     seconds, some = time.perf_counter(), facts[:: len(facts) // 5 + 1]
     for row in some:
-        because(read_scan, row["file"])
+        hashes_of(row["file"])
     seconds = (time.perf_counter() - seconds) * sum(row["disk"] for row in facts)
     seconds /= sum(row["disk"] for row in some) * (workers or cores())
     disk = sum(row["disk"] for row in facts)
@@ -884,14 +894,14 @@ def headers_of(job):
                 }
             )
     except (BadInput, OSError) as e:
-        return job, rows, str(e)
+        return job, [], str(e)
     return job, rows, None
 
 
-def check_corpus(corpus):
+def check_corpus(corpus, workers=None):
     """Read every array of a corpus; BadInput names those that are not what was written."""
     rows = {r["file"]: r for r in read_index(corpus)}.values()
-    faults = [f for f in parallel(partial(fault_of, corpus), rows, None, "reading arrays") if f]
+    faults = [f for f in parallel(partial(fault_of, corpus), rows, workers, "reading arrays") if f]
     if faults:
         raise BadInput(f"{corpus}: {len(faults)} of {len(rows)} arrays are damaged: {faults[:3]}")
     print(f"{corpus}: all {len(rows)} arrays are as they were written")
@@ -902,18 +912,19 @@ def fault_of(corpus, row):
         array = open_array(str(corpus / row["file"]), tuple(row["shape"]))
     except BadInput as e:
         return str(e)
-    return None if digest(array.numpy(), 16) == row["stored"] else row["file"]
+    return None if digest(array.numpy(), 16) == row.get("stored") else row["file"]
 
 
-def audit(corpus, data, workers=None):
+def audit(corpus, data, exclude=LABELS, patient=None, workers=None):
     """Print which scans below `data` a corpus holds: the same voxels, or a patient of one name."""
     rows = read_index(corpus)
     hashes = {r["hash"]: r["source"] for r in rows}
-    names = {r["patient"].rpartition("/")[2]: r["source"] for r in rows}
-    scans, _ = scans_under(data, LABELS)
+    # of spatial scans the name of the folder that was named stands before the patient's
+    names = {str(r["patient"]).split("/", r["kind"] == "spatial")[-1]: r["source"] for r in rows}
+    scans, _ = scans_under(data, exclude)
     often, found = Counter(map(stem_of, scans)), Counter()
     for scan, own in zip(scans, parallel(hashes_of, scans, workers, "reading scans")):
-        who = patient_of(scan, data, often[stem_of(scan)] > 1).rpartition("/")[2]
+        who = patient_of(scan, data, often[stem_of(scan)] > 1, patient)
         same = [hashes[h] for h in own if h in hashes]
         what = "voxels" if same else "name" if who in names else "none" if own else "unreadable"
         found[what] += 1
@@ -928,7 +939,10 @@ def audit(corpus, data, workers=None):
 def hashes_of(path):
     """In a worker: as `store_array` has them, of each frame; none where it cannot be read."""
     try:
-        values, _, _ = read_scan(path)
+        if suffix_of(path) == ".npz":  # of MedMNIST: what it is tested on
+            values, _ = because(read_npz, path, "test_images")
+        else:
+            values, _, _ = read_scan(path)
         frames = np.moveaxis(values.reshape(*values.shape[:3], -1), 3, 0)
         return [digest(to_int16(frame)[0], 16) for frame in frames]
     except (BadInput, MemoryError):

@@ -142,8 +142,11 @@ def train_step(net, tokenizer, loader, optimiser, lr, step, args, machine):
     ((error + COMMIT * commitment) * (share * machine.world)).backward()
     optimiser_step(optimiser, lr)
     rng = np.random.default_rng([args.seed, 5, step, machine.rank])
-    most = -(-args.codes // (4 * machine.world))  # at most a quarter of the codes start anew
-    tokenizer.quantiser.move(z, index, rng, machine, most, DECAY)
+    # at most a quarter of the codes start anew, and as many from each rank
+    G = len(z) // len(b["volume"])
+    most = min(-(-args.codes // (4 * machine.world)), args.units // machine.world * G)
+    decay = torch.where(optimiser.found_inf > 0, 1.0, DECAY)  # a step that is left out changes none
+    tokenizer.quantiser.move(z.nan_to_num(), index, rng, machine, most, decay)
     losses = {"loss": error, "commitment": commitment}
     return {name: loss.detach() * share for name, loss in losses.items()}
 
