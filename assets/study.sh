@@ -34,7 +34,7 @@ for stride in 16 4; do
   part out/la/pre-$stride/metrics.json python pretrain.py --data data/corpus-la --size nano \
     --stride $stride --steps "$STEPS" --val-every 250 --out out/la/pre-$stride
   part out/la/probe-$stride/metrics.json python eval.py probe --ckpt out/la/pre-$stride/ckpt.pt \
-    --layer all --tasks la --data data/la/data $GRID --range percentiles --out out/la/probe-$stride
+    --layer all --tasks la $GRID --out out/la/probe-$stride
 done
 
 # from scratch, a random encoder that stays as it is, and both pre-trained ones
@@ -48,8 +48,8 @@ for seed in $SEEDS; do
           *) init="--init out/la/$arm/ckpt.pt --layer-decay 0.75" ;;
         esac
         run=out/la/$decoder-$(basename "$labels")/$arm-$seed
-        part "$run/metrics.json" python finetune_seg.py --task la --data data/la/data --preset nano \
-          $GRID --range percentiles --labels "$labels" --decoder "$decoder" $init \
+        part "$run/metrics.json" python finetune_seg.py --task la --preset nano \
+          $GRID --labels "$labels" --decoder "$decoder" $init \
           --steps "$TUNE" --val-every "$TUNE" --seed "$seed" --out "$run"
         part "$run/eval-seg/metrics.json" python eval.py seg --ckpt "$run/ckpt.pt"
       done
