@@ -403,7 +403,7 @@ def test_load_encoder_takes_every_kind_of_checkpoint(tmp_path):
     seg.encoder.load_state_dict(encoder.state_dict())
     kept = {"config": vars(TINY), "classes": CLASSES, "args": args}
     save_checkpoint(tmp_path / "a", **checkpoint_state(encoder), args={"volume": 64})
-    setting = {"classes": CLASSES, "features": 4, "decoder": "unetr"}
+    setting = SETTING | {"classes": CLASSES}
     save_checkpoint(
         tmp_path / "b", format=SEGMENTER, model=seg.state_dict(), setting=setting, **kept
     )
@@ -621,7 +621,7 @@ def test_table_lists_what_it_leaves_out(tabled, tmp_path):
     write_json(tmp_path / "f/metrics.json", {"other": 1})
     write_json(tmp_path / "g/args.json", {"volume": 64, "init": None})  # pre-training: no row
     said, rows, (test,) = tabled()
-    assert [(r["labels"], r["runs"]) for r in rows] == [("0.1", "2"), ("1.0", "1"), ("1.0", "1")]
+    assert [(r["labels"], r["runs"]) for r in rows] == [("0.1", "2"), ("1", "1"), ("1", "1")]
     assert said.count("runs of amos, 0.1, Dice, scratch differ: lr 0.3\n") == 1
     assert test["n"] == "no seed or no cases in common"
     lines = [line for line in said.splitlines() if line.startswith("not in the table")]

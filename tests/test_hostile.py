@@ -61,6 +61,7 @@ def attempt(folder, act, words, *args):
     if not pid:
         code = 1
         try:
+            torch.set_num_threads(1)  # its threads do not survive a fork
             sys.stderr, sys.stdout = open(said, "w"), open(os.devnull, "w")  # noqa: SIM115
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor's time
             signal.alarm(60 * SECONDS)  # on a machine that is busy
