@@ -451,7 +451,10 @@ def resumed(parser, args, out, format):
 
 
 def restored(state, optimiser, best, owes=False):
-    """Step, best score, and whether to validate before: of the run to resume, or of a new one."""
+    """Step, best score, and whether to validate before: of the run to resume, or of a new one.
+
+    The optimiser takes up the state of the run to resume.
+    """
     if state is None:
         return 0, best, owes
     optimiser.load_state_dict(state["optimiser"])

@@ -1004,7 +1004,7 @@ def sliding_window(
         for i in range(0, len(corners), batch):
             part = corners[i : i + batch]
             windows = torch.stack([cut(volume, (x, *c), roi) for c in part])  # [B, *roi]
-            scores = predict(windows.flip(flips[0])).float()
+            scores = predict(windows).float()
             for f in flips[1:]:
                 scores = scores + predict(windows.flip(f)).float().flip(f)  # [B, K, *roi]
             if sums is None:

@@ -226,7 +226,7 @@ def because(reader, *args):
         return reader(*args)
     except BadInput:
         raise
-    except (Exception, RecursionError) as e:  # noqa: BLE001  (a dozen types; a user can mend them)
+    except Exception as e:  # noqa: BLE001  (a dozen types; a user can mend them)
         words = f"unreadable: {type(e).__name__}: {e}"
         raise BadInput(words.splitlines()[0][:180]) from None
 
@@ -872,8 +872,7 @@ def headers_of(job):
     rows = []
     try:
         for path in job["files"]:
-            kind = "nifti" if suffix_of(path) in NIFTI else "other"
-            if kind == "nifti":
+            if suffix_of(path) in NIFTI:
                 img, affine = because(header_of, path)
                 shape, units = img.shape, img.header.get_xyzt_units()[0]
                 units += " (no sform, no qform)" * (not oriented(path))
