@@ -5,6 +5,7 @@ schedules · the loop · logs and figures
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import errno
@@ -12,6 +13,8 @@ import fcntl
 import itertools
 import json
 import math
+import mmap
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,7 +24,8 @@ import sys
 import time
 import traceback
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -31,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 # ---- errors ----------------------------------------------------------------------------------
@@ -200,10 +204,10 @@ def machine_flags(p, workers=8, kernels=True, compiled=False):
         g.add_argument("--compile", action=argparse.BooleanOptionalAction, help=words)
 
 
-def training_flags(p, out, every, save="as --val-every", **machine):
+def training_flags(p, out, every, **machine):
     """The groups run, machine (see `machine_flags`) and reports: what every training script has.
 
-    out: the default folder; every, save: the defaults of --val-every and --save-every in words.
+    out: the default folder; every: the default of --val-every in words.
     """
     add = p.add_argument_group("run").add_argument
     add("--out", default=None if "TASK" in out else out, help=f"folder (default {out})")
@@ -214,7 +218,8 @@ def training_flags(p, out, every, save="as --val-every", **machine):
     add = p.add_argument_group("reports").add_argument
     add("--log-every", type=int, default=10, help="steps (default 10)")
     add("--val-every", type=int, help=f"steps (default {every})")
-    add("--save-every", type=int, help=f"steps (default {save})")
+    words = "between checkpoints (default 15); the last step is always saved"
+    add("--save-every", type=float, metavar="MINUTES", default=15.0, help=words)
 
 
 def fill(args, recipe):
@@ -224,8 +229,8 @@ def fill(args, recipe):
             setattr(args, name, value)
 
 
-LEAST = {"lr": 1e-12, "layer_decay": 1e-12, "workers": 0}
-COUNTS = "batch micro steps patch stride stop_after log_every val_every save_every val_samples"
+LEAST = {"lr": 1e-12, "layer_decay": 1e-12, "workers": 0, "save_every": 0}
+COUNTS = "batch micro steps patch stride stop_after log_every val_every val_samples"
 LEAST |= dict.fromkeys(COUNTS.split(), 1)
 
 
@@ -372,7 +377,7 @@ def multiplies_bf16(device):
 def distribute(net, args, machine):
     """`net` for --compile and several ranks, their gradients averaged (buffers agree anyway)."""
     if args.compile:
-        net.compile()
+        net.compile(dynamic=False)
     if machine.world == 1:
         return net
     ids = [machine.device.index] if machine.cuda else None
@@ -522,24 +527,129 @@ def micro_batches(first_step, args, machine):
             yield (step * args.units + places).tolist()
 
 
+SLOTS = 3  # batches in shared memory: one in use, the others being filled
+
+
 def batches(dataset, numbers, args, machine):
-    """The samples of `dataset` that `numbers` lists, a batch a list, from --workers processes."""
-    how = {"num_workers": args.workers, "pin_memory": machine.cuda, "worker_init_fn": deafen}
-    loader = iter(DataLoader(dataset, batch_sampler=numbers, **how))
-    # PyTorch's own handler raises wherever the program is, in the midst of a step too; without it
-    # a dead process is noticed when its batch is due
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return loader
+    """The samples of `dataset` (dicts) that `numbers` lists, a batch a list, on the device.
+
+    --workers processes write them in place into slots of shared memory, made once: no pickling, no
+    collating. On CUDA the slots are pinned, and a stream of its own copies a batch while an earlier
+    one is computed on. The first list is the longest; a batch lasts until the next is asked for.
+    What `dataset.on_host` names stays there.
+    """
+    stays = getattr(dataset, "on_host", ())
+    numbers = iter(numbers)
+    first = next(numbers, [])
+    numbers = itertools.chain([first] if first else [], numbers)
+    if not args.workers or not first:
+        for some in numbers:
+            yield to_device(default_collate([dataset[n] for n in some]), machine.device, stays)
+        return
+    sample = {k: torch.as_tensor(v) for k, v in dataset[first[0]].items()}
+    slots = [{k: shared(v, len(first)) for k, v in sample.items()} for _ in range(SLOTS)]
+    crew = hire(dataset, slots, args.workers)
+    side = pin(slots, machine.device) if machine.cuda else None
+    try:
+        for batch in filled(slots, numbers, crew):
+            if not machine.cuda:
+                yield batch
+                continue
+            with torch.cuda.stream(side):
+                batch = to_device(batch, machine.device, stays)
+            now = torch.cuda.current_stream()
+            now.wait_stream(side)
+            for tensor in batch.values():
+                if tensor.is_cuda:
+                    tensor.record_stream(now)
+            yield batch
+            side.synchronize()  # its slot is free again
+    finally:
+        for _, pipe in crew:
+            pipe.close()
 
 
-def deafen(_):
-    """In a loader's process: signals are for the process that it works for."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def shared(like, count):
+    """Room for `count` tensors as `like`, in memory that the processes forked from here share."""
+    memory = mmap.mmap(-1, max(1, count * like.nbytes))
+    return torch.frombuffer(memory, dtype=like.dtype)[: count * like.numel()].view(
+        count, *like.shape
+    )
+
+
+def pin(slots, device):
+    """Lock the slots' memory for copies to a GPU; returns the stream for them."""
+    for tensor in itertools.chain.from_iterable(slot.values() for slot in slots):
+        torch.cuda.check_error(
+            torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+        )
+    return torch.cuda.Stream(device)
+
+
+def hire(dataset, slots, workers):
+    """Processes that fill slots, each with a pipe on which it is asked; they end with this one."""
+    fork, crew = multiprocessing.get_context("fork"), []
+    for i in range(workers):
+        ours, theirs = fork.Pipe()
+        given = dataset, slots, i, workers, theirs, [ours, *(pipe for _, pipe in crew)]
+        process = fork.Process(target=work, args=given, name=f"process {i}", daemon=True)
+        process.start()
+        theirs.close()
+        atexit.register(ours.close)
+        crew.append((process, ours))
+    return crew
+
+
+def filled(slots, numbers, crew):
+    """Batches, views of the slots in turn. ChildProcessError where a process has died."""
+    asked, free = deque(), deque(range(len(slots)))
+    while True:
+        for some in itertools.islice(numbers, len(free)):
+            asked.append((free.popleft(), some))
+            for _, pipe in crew:
+                with contextlib.suppress(OSError):
+                    pipe.send(asked[-1])
+        if not asked:
+            return
+        slot, some = asked.popleft()
+        for process, pipe in crew:
+            try:
+                fault = pipe.recv()
+            except (EOFError, OSError):
+                process.join()
+                words = f"{process.name} ended with {process.exitcode}"
+                raise ChildProcessError(words) from None
+            if fault:
+                raise fault
+        yield {k: v[: len(some)] for k, v in slots[slot].items()}
+        free.append(slot)
+
+
+def work(dataset, slots, i, workers, pipe, others):
+    """In a process of the loader: samples i, i + workers, … of each batch that is asked for."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # for the process that it works for
         signal.signal(number, signal.SIG_IGN)
+    for other in others:  # so that the pipe ends when the other side does
+        other.close()
+    torch.set_num_threads(1)
+    read = getattr(dataset, "read", lambda n, room: dataset[n])  # in place, where it can
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            slot, numbers = pipe.recv()
+            fault = None
+            try:
+                for place in range(i, len(numbers), workers):
+                    room = {k: v[place] for k, v in slots[slot].items()}
+                    for k, v in read(numbers[place], room).items():
+                        if v is not room[k]:
+                            room[k].copy_(torch.as_tensor(v))
+            except Exception as e:  # noqa: BLE001  (raised where the batch is due)
+                fault = e
+            pipe.send(fault)
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+def to_device(batch, device, stays=()):
+    return {k: v if k in stays else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def optimiser_step(optimiser, lr, clip=0.0):
@@ -588,8 +698,7 @@ class Loop:
                 with loop.paused(hurried=True):
                     validate(loop.step)
             if loop.saves:
-                with loop.paused():
-                    save(loop.step, owes=loop.owes)
+                save(loop.step, owes=loop.owes)
 
     A row of the log has the means of the losses since the last row (each rank gives its share) and
     each quantity a step of `per_second` as a rate, of training alone. SIGTERM and Ctrl-C end the
@@ -604,6 +713,7 @@ class Loop:
         self.asked = self.stopping = self.owes = self.hurried = False
         self.enough = False  # True: the step under way, or the last one, ends the run
         self.fault = None  # why the run cannot go on, once it is saved
+        self.late, self.saved = False, time.perf_counter()
         # asking other ranks whether to stop costs a GPU its queue: there only when a row is logged
         self.asks = machine.world == 1 or not machine.cuda
         zero = torch.zeros((), device=machine.device)
@@ -625,6 +735,7 @@ class Loop:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.bar.close()
+            self.log.wait()
         if not self.finished:
             words = f"stopped at step {self.step} of {self.steps}, saved in {self.args.out}"
             self.machine.say(f"{words}: --resume goes on")
@@ -657,14 +768,11 @@ class Loop:
             for batch in batches(dataset, numbers(), self.args, self.machine):
                 yield batch
                 given += 1
-        except BadInput as e:  # of a worker, which adds its traceback
-            raise BadInput(str(e).strip().splitlines()[-1].removeprefix("common.BadInput: ")) from e
-        except RuntimeError as e:
-            words = str(e).splitlines()[0]
-            self.fault = f"a process of the loader died ({words}): fewer --workers, or more memory"
+        except ChildProcessError as e:
+            self.fault = f"a process of the loader died ({e}): fewer --workers, or more memory"
             self.asked = True
-        for rest in itertools.islice(numbers(), given, None):
-            yield default_collate([dataset[n] for n in rest])
+        rest = itertools.islice(numbers(), given, None)
+        yield from batches(dataset, rest, argparse.Namespace(workers=0), self.machine)
 
     def update(self, optimiser, lr, loss, clip=0.0):
         """Step the optimiser; see `took`."""
@@ -682,6 +790,8 @@ class Loop:
         self.third = torch.where((self.third < 0) & (self.row > 2), float(self.step), self.third)
         self.step += 1
         self.bar.update()
+        self.late = time.perf_counter() - self.saved >= 60 * self.args.save_every
+        self.saved = time.perf_counter() if self.late else self.saved
         if self.logged or self.saves or not self.machine.cuda:
             self.check_finite()
         if not self.logged:
@@ -739,7 +849,7 @@ class Loop:
 
     @property
     def saves(self):
-        return self.due(self.args.save_every) or self.step == self.last or self.stopping
+        return self.late or self.step == self.last or self.stopping or self.enough
 
     @property
     def finished(self):
@@ -750,13 +860,14 @@ class Loop:
 
 
 class Log:
-    """log.jsonl: one object a line; None for a path writes nothing.
+    """What a run leaves: log.jsonl, one object a line, and checkpoints beside it.
 
-    On resume, lines later than the checkpoint's step are dropped: they will come again.
+    None for a path writes nothing. On resume, lines later than the checkpoint's step are dropped:
+    they will come again.
     """
 
     def __init__(self, path, step=None, owes=False):
-        self.path = path
+        self.path, self.writer, self.writing = path, ThreadPoolExecutor(1), None
         if path is None:
             return
         kept = [row for row in read_log(path) if step is not None and row["step"] <= step]
@@ -772,6 +883,28 @@ class Log:
                     f.write(to_json(row) + "\n")
             except OSError as e:
                 raise unwritable(self.path, e) from None
+
+    def save(self, name, **state):
+        """Have the checkpoint NAME written while training goes on: from a copy, one at a time."""
+        if self.path is not None:
+            self.wait()
+            path, copy = self.path.parent / name, on_host(state)
+            self.writing = self.writer.submit(save_checkpoint, path, **copy)
+
+    def wait(self):
+        """Until the last one is written; BadInput where it cannot be."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+
+def on_host(state):
+    """A copy, tensors on the CPU, of nested dicts, lists and tuples."""
+    if isinstance(state, dict):
+        return {k: on_host(v) for k, v in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(on_host, state))
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
 def read_log(path):

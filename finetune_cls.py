@@ -22,6 +22,7 @@ import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -51,11 +52,9 @@ from common import (
     read_table,
     restored,
     resumed,
-    save_checkpoint,
     save_figure,
     setup,
     split_batch,
-    to_device,
     training_flags,
     write_beside,
     write_json,
@@ -154,7 +153,7 @@ def parser():
     add("--micro", type=int, help="cases a pass on a device (default: up to 16)")
     add("--lr", type=float, help="(published: nodule 1.5e-5, ricord 5e-5, scratch 1e-5; nano 1e-3)")
     add("--layer-decay", type=float, help="of lr, a layer down (published: nodule 1, ricord 0.75)")
-    training_flags(p, "out/cls-TASK", "an epoch", "five epochs")
+    training_flags(p, "out/cls-TASK", "an epoch")
     return p
 
 
@@ -190,7 +189,8 @@ def settle(args, machine):
 
 def train_step(net, samples, weights, args, machine):
     """Forward and backward of this rank's passes: its part of the batch's weighted mean loss."""
-    passes = [to_device(next(samples), machine.device) for _ in passes_of(args, machine)]
+    samples = ({k: v.clone() for k, v in b.items()} for b in samples)  # a pass outlasts the next
+    passes = [*islice(samples, len(passes_of(args, machine)))]
     whole = machine.sum(sum(weights[b["label"]].sum() for b in passes))
     total = 0
     for b in passes:
@@ -230,7 +230,7 @@ def main():
     weights = torch.from_numpy(weights).float().to(machine.device)
     epoch = len(train) / args.batch  # steps
     steps = {"steps": ceil(args.epochs * epoch), "val_every": ceil(epoch)}
-    fill(args, steps | {"save_every": ceil(5 * epoch)})
+    fill(args, steps)
 
     # model, optimiser
     torch.manual_seed(args.seed)
@@ -250,10 +250,9 @@ def main():
         write_table(out / "skipped.csv", ["file", "split", "reason"], skipped)
 
     def save(name, **more):
-        if machine.main:
-            more |= {"format": CLASSIFIER, "config": asdict(encoder.config)}
-            more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
-            save_checkpoint(out / name, **more)
+        more |= {"format": CLASSIFIER, "config": asdict(encoder.config)}
+        more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
+        log.save(name, **more)
 
     def validate_at(step):
         nonlocal best
@@ -281,8 +280,7 @@ def main():
                 loop.enough = loop.step - best[2] >= enough
         if loop.saves:
             more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            with loop.paused():
-                save("ckpt.pt", step=loop.step, **more)
+            save("ckpt.pt", step=loop.step, **more)
     if not loop.finished:
         return
 

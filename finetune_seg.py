@@ -56,7 +56,6 @@ from common import (
     read_log,
     restored,
     resumed,
-    save_checkpoint,
     save_figure,
     setup,
     split_batch,
@@ -275,9 +274,8 @@ def train_step(net, samples, args, machine):
     passes, total, waited = passes_of(args, machine), 0.0, 0.0
     for places in passes:
         start = time.perf_counter()
-        image, label, chance = next(samples)
-        image, label = (t.to(machine.device, non_blocking=True) for t in (image, label))
-        image, label = augment(image.float(), label, chance, args)  # chance is read on the host
+        b = next(samples)
+        image, label = augment(b["image"].float(), b["label"], b["chance"], args)
         waited += time.perf_counter() - start
         if machine.world > 1:
             net.require_backward_grad_sync = places is passes[-1]
@@ -307,7 +305,6 @@ def main():
     train = [c for c in train if c["id"] in names]
     fill(args, {"steps": max(1, round(args.epochs * len(train) / args.batch))})
     fill(args, {"val_every": -(-args.steps // args.vals)})
-    fill(args, {"save_every": args.val_every})
     machine.say(
         f"{args.data}: {len(train)} volumes to train on (--labels {args.labels}), {len(val)} to "
         f"validate, {len(classes)} classes; {args.steps} steps of {args.batch} volumes x "
@@ -333,9 +330,8 @@ def main():
         write_table(out / "skipped.csv", ("case", "split", "reason"), failed)
 
     def save(name, **more):
-        if machine.main:
-            more |= {"format": SEGMENTER, "config": asdict(model.encoder.config)}
-            save_checkpoint(out / name, **more, setting=setting, model=model.state_dict())
+        more |= {"format": SEGMENTER, "config": asdict(model.encoder.config)}
+        log.save(name, **more, setting=setting, model=model.state_dict())
 
     def validate_at(step):
         nonlocal best, dice
@@ -362,8 +358,7 @@ def main():
                 validate_at(loop.step)
         if loop.saves:
             more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            with loop.paused():
-                save("ckpt.pt", step=loop.step, train=names, args=vars(args), **more)
+            save("ckpt.pt", step=loop.step, train=names, args=vars(args), **more)
     if loop.finished:
         if dice is None:  # the run to resume was at its end
             dice, _ = evaluate(model, val, setting, machine)
@@ -396,6 +391,9 @@ def build(args, state, setting, machine):
         f"{' (frozen)' if args.freeze else ''}; with its decoder {weights:.1f} M parameters, "
         f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}"
     )
+    if machine.cuda:  # what convolutions on tensor cores want, of one shape all along
+        torch.backends.cudnn.benchmark = True
+        model.decoder.to(memory_format=torch.channels_last_3d)
     return model.to(machine.device)
 
 
@@ -716,6 +714,8 @@ class Crops:
     chance float64 [32]: numbers for the augmentation.
     """
 
+    on_host = ("chance",)  # what stays there
+
     cases: list
     roi: list
     crops: int
@@ -733,7 +733,8 @@ class Crops:
             corner = (centre - np.array(self.roi) // 2).clip(0, room)
         else:  # anywhere
             corner = rng.integers(room + 1)
-        return *(cut_padded(a, corner, self.roi) for a in (image, label)), rng.random(32)
+        image, label = (cut_padded(a, corner, self.roi) for a in (image, label))
+        return {"image": image, "label": label, "chance": rng.random(32)}
 
 
 def margins(shape, roi):
@@ -989,7 +990,8 @@ def sliding_window(
     room = margins(volume.shape, roi)
     inner = boxed((a, a + n) for (a, _), n in zip(room, volume.shape))
     pads = [n for pair in reversed(room) for n in pair]
-    volume = F.pad(volume.to(device).float(), pads)
+    volume = volume.to(device).float()
+    volume = F.pad(volume, pads) if any(pads) else volume
     weight = torch.cartesian_prod(*(bell(r, r / 8) for r in roi)).prod(1).view(*roi)
     weight = weight.clamp(min=1e-3).to(device)  # the corners would all but vanish
     xs, *rest = map(starts, volume.shape, roi, [overlap] * 3)
@@ -1023,8 +1025,12 @@ def sliding_window(
 
 
 def labels_of(scores):
-    """[K, n, Y, Z] -> the classes of the highest scores, uint8 [n, Y, Z]."""
-    return scores.argmax(0).byte()
+    """[K, n, Y, Z] -> classes of the highest scores, uint8 [n, Y, Z]: an argmax by classes."""
+    best, labels = scores[0].clone(), torch.zeros_like(scores[0], dtype=torch.uint8)
+    for k in range(1, len(scores)):
+        labels.masked_fill_(scores[k] > best, k)
+        torch.maximum(best, scores[k], out=best)
+    return labels
 
 
 def overlap_counts(prediction, target, classes):

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common import BadInput, load_checkpoint
 from kernels import choose, plain
@@ -69,11 +70,12 @@ class Config:
         return self.codes if self.target == "vq" else self.patch**3
 
 
-SIZES = {  # --size: one that a laptop trains in minutes, ViT-S, ViT-B (published) and ViT-L
+SIZES = {  # --size: one that a laptop trains in minutes, ViT-S, ViT-B (published), ViT-L and -H
     "nano": {"width": 192, "layers": 6, "heads": 3, "patch": 8},
     "small": {"width": 384, "layers": 12, "heads": 6, "patch": 16},
     "base": {"width": 768, "layers": 12, "heads": 12, "patch": 16},
     "large": {"width": 1024, "layers": 24, "heads": 16, "patch": 16},
+    "huge": {"width": 1280, "layers": 32, "heads": 20, "patch": 16},
 }
 
 # ---- positions -------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ class Model(nn.Module):
         self.norm = nn.LayerNorm(c.width)
         self.head = nn.Linear(c.width, c.outputs)
         self.register_buffer("axis", waves(c.width), persistent=False)
-        self.ops = plain
+        self.ops, self.recompute = plain, False  # True: blocks run again in the backward pass
         self.initialise()
 
     def use(self, kernels):
@@ -231,7 +233,10 @@ class Model(nn.Module):
         G = grid[0] * grid[1] * grid[2]
         x = self.tokens(source, grid, order, G - 1, self.ops)  # [B, G, C]
         for block in self.blocks:
-            x = block(x, prefix + 1)  # the begin token is visible too
+            if self.recompute:
+                x = checkpoint(block, x, prefix + 1, use_reentrant=False)
+            else:
+                x = block(x, prefix + 1)  # the begin token is visible too
         pred = self.head(self.norm(x))  # [B, G, P³] or [B, G, K]
         if self.config.target == "pixel":
             errors = self.ops.loss(pred, source, prefix)

@@ -11,7 +11,7 @@ Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (lowest vali
 metrics.json, curves.png, samples.png. Every random choice is a function of (seed, step, sample), so
 any number of workers or GPUs trains one model, and a run that was stopped goes on bitwise the same.
 
-Sections: arguments · training · data · evaluation · pictures · bench
+Sections: arguments · training · data · evaluation · pictures · bench and plan
 
 B batch, S sub-images, G patches of a sequence, P³ voxels of a patch, K codes.
 """
@@ -42,7 +42,6 @@ from common import (
     read_log,
     restored,
     resumed,
-    save_checkpoint,
     setup,
     split_batch,
     to_device,
@@ -114,6 +113,8 @@ def parser():
     add("--tokenizer", metavar="FILE", help=words)
     words = "published: prefix, a random start-up; causal: none"
     add("--attention", choices=["prefix", "causal"], default="prefix", help=words)
+    words = "compute the blocks' activations again when they are needed: less memory, more time"
+    add("--recompute", action="store_true", help=words)
     words = "of the patches; published: raster, over the joined volume"
     add("--order", choices=["raster", "image"], default="raster", help=words)
     sequence_flags(p)
@@ -123,6 +124,8 @@ def parser():
     add("--micro", type=int, help="sequences a pass (default: up to 72 on CUDA, else 8)")
     add("--lr", type=float, help="peak learning rate (published 1e-4; nano 3e-3)")
     add("--bench", action="store_true", help="time steps on random voxels and leave")
+    words = "hours, memory and bytes that the run would take on them, and leave"
+    add("--plan", metavar="8xH100", help=words)
     training_flags(p, "out/pretrain", "500; nano 50", compiled=True)
     return p
 
@@ -137,7 +140,6 @@ def settle(args, machine):
             )
     fill(args, RECIPES["nano" if args.size == "nano" else "published"])
     fill(args, {"compile": machine.cuda, "workers": 8 if machine.cuda else 0})
-    fill(args, {"save_every": args.val_every})
     check_least(args)
     if args.tokenizer and args.target == "pixel":
         raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq predicts codes")
@@ -157,7 +159,7 @@ def train_step(net, samples, encode, step, G, args, machine):
     count = args.units * G - int(prefixes.sum())
     passes, total = passes_of(args, machine), torch.zeros((), device=machine.device)
     for places in passes:
-        b, p = to_device(next(samples), machine.device), prefixes[places]
+        b, p = next(samples), prefixes[places]
         share = (p.size * G - int(p.sum())) / count
         prefix = torch.from_numpy(p).to(machine.device, non_blocking=True)
         if machine.world > 1:
@@ -185,6 +187,8 @@ def main():
         config = replace(config, target="vq", codes=tokenizer.config.codes)
     G = math.prod(grid_of([args.volume] * 3, config.patch))
     torch.manual_seed(args.seed)
+    if args.plan:
+        return plan(Model(config), G, args, machine)
     model = build(config, args, state, tokenizer, machine)
     net = distribute(model, args, machine)
     encode = partial(codes_of, model, tokenizer)
@@ -199,9 +203,7 @@ def main():
     train = Sequences(args.data, "train", mix=args.mix, **same)
     val = Sequences(args.data, "val", **same)
     machine.say(f"{args.data}: train {train.have}, val {val.have}, mix {args.mix}")
-    if args.steps is None:
-        crops = sum(PUBLISHED[k] * train.have[k] for k in train.kinds)
-        args.steps = max(1, round(EPOCHS * crops / args.batch))
+    fill(args, {"steps": steps_of(train, args)})
     val_batches = validation_set(val, G, args, machine)
     rivals = find_rivals(model, tokenizer, encode, val_batches, G, machine)
     first, best, owes = restored(state, optimiser, math.inf, owes=True)
@@ -211,8 +213,7 @@ def main():
         kept["tokenizer"] = tokenizer_state(tokenizer)
 
     def save(name, **more):
-        if machine.main:
-            save_checkpoint(out / name, **checkpoint_state(model), **kept, **more)
+        log.save(name, **checkpoint_state(model), **kept, **more)
 
     def validate(step):
         nonlocal best
@@ -231,7 +232,10 @@ def main():
     if owes:
         validate(first)
     flops = model.flops([args.volume] * 3, 0 if args.attention == "causal" else None) * args.batch
-    speed = {"samples_per_s": args.batch, "mfu": flops / machine.world / matmul_rate(machine)}
+    speed = {"samples_per_s": args.batch}
+    speed["of_matmul_rate"] = flops / machine.world / matmul_rate(machine)  # measured just now
+    if sheet := data_sheet(torch.cuda.get_device_name() if machine.cuda else ""):
+        speed["mfu"] = flops / machine.world / sheet
     loop = Loop(args, machine, log, first, args.steps, "pre-training", **speed)
     samples = loop.batches(train)
     for step in loop:
@@ -243,8 +247,7 @@ def main():
                 validate(loop.step)
         if loop.saves:
             more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            with loop.paused():
-                save("ckpt.pt", step=loop.step, **more)
+            save("ckpt.pt", step=loop.step, **more)
     if loop.finished and machine.main:
         draw_samples(out / "samples.png", model, val, tokenizer, machine)
         report(read_log(out / "log.jsonl"), rivals, out, machine)
@@ -258,6 +261,7 @@ def build(config, args, state, tokenizer, machine):
     elif args.init:
         model = start_from(args.init, model, tokenizer, machine)
     model = choose_kernels(model.to(machine.device), args, machine)
+    model.recompute = args.recompute
     passes = len(passes_of(args, machine))
     machine.say(
         f"{args.size}: {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, "
@@ -290,6 +294,12 @@ def start_from(path, fresh, tokenizer, machine):
 
 
 # ---- data ------------------------------------------------------------------------------------
+
+
+def steps_of(train, args):
+    """Steps of the published number of epochs, of the published number of crops a scan."""
+    crops = sum(PUBLISHED[k] * train.have[k] for k in train.kinds)
+    return max(1, round(EPOCHS * crops / args.batch))
 
 
 def find_tokenizer(args, patch, state, machine):
@@ -334,7 +344,8 @@ def validation_set(data, G, args, machine):
     for n in range(machine.rank, args.val_samples * len(data.kinds), machine.world):
         prefix = int(np.random.default_rng([args.seed, 3, n]).integers(G))
         mine.append({**data[n], "prefix": 0 if args.attention == "causal" else prefix})
-    size = min(args.micro, 16)
+    most = min(args.micro, 16)
+    size = max(n for n in range(1, most + 1) if len(mine) % n == 0)  # one shape, one compiled graph
     return [default_collate(mine[i : i + size]) for i in range(0, len(mine), size)]
 
 
@@ -508,7 +519,61 @@ def predicted_views(model, b, tokenizer, machine):
     return views
 
 
-# ---- bench -----------------------------------------------------------------------------------
+# ---- bench and plan --------------------------------------------------------------------------
+
+SHEETS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, FLOP/s
+USE = 0.4  # of that rate: what a step is hoped to reach; no GPU has been timed
+
+
+def data_sheet(name):
+    """FLOP/s in bf16 of the GPU called `name`, None where it is not known here."""
+    return next((rate for gpu, rate in SHEETS.items() if gpu in name), None)
+
+
+def memory_of(model, G, args):
+    """Bytes on a GPU: weights, gradients and AdamW's moments, and activations of a pass.
+
+    36 bytes a channel, token and block were counted in the code that Inductor generates for bf16
+    with the kernels (10.7 GiB of ViT-B, 31.8 of ViT-L, 72 sequences); 4 are the residual stream.
+    """
+    c = model.config
+    blocks = 36 + 4 * c.layers if args.recompute else 36 * c.layers
+    pass_ = args.micro * G * (blocks * c.width + 6 * c.outputs) + 4 * args.micro * args.volume**3
+    return 16 * sum(w.numel() for w in model.parameters()) + pass_
+
+
+def plan(model, G, args, machine):
+    """Print what a run would take on --plan GPUs."""
+    count, _, kind = args.plan.partition("x")
+    if not count.isdigit() or not int(count) or kind not in SHEETS:
+        raise BadInput(f"--plan {args.plan}: a number and a kind, {', '.join(SHEETS)}: 8xH100")
+    count, supply = int(count), None
+    if args.steps is None or args.data:
+        data = Sequences(find_corpus(machine, args.data), "train", args.volume, 4, args.stride)
+        fill(args, {"steps": steps_of(data, args)})
+        supply = 1 / float(np.median(timed(data.__getitem__, 16, machine)))
+    args.micro = min(72, -(-args.batch // count))
+    flops = args.batch * model.flops([args.volume] * 3, 0 if args.attention == "causal" else None)
+    weights = sum(w.numel() for w in model.parameters())
+    seconds = flops / (USE * count * SHEETS[kind])
+    sequences = args.batch / count / seconds
+    reduced = 8 * weights * (count - 1) / count / seconds
+    print(
+        f"{args.size}: {weights / 1e6:.0f} M parameters, {args.steps:,} steps of {args.batch} "
+        f"sequences of {G} tokens: {args.steps * args.batch * G:.3g} tokens, "
+        f"{args.steps * flops:.3g} FLOP\n"
+        f"compute     {args.steps * seconds / 3600:8.1f} hours at {USE:.0%} of {count} x "
+        f"{SHEETS[kind] / 1e12:.0f} TFLOP/s (data sheet; the share is hoped for, not measured)\n"
+        f"memory      {memory_of(model, G, args) / 2**30:8.1f} GiB a GPU in passes of {args.micro} "
+        "(counted, not measured)\n"
+        f"loader      {2 * args.volume**3 * sequences / 1e9:8.1f} GB/s and {sequences:.0f} "
+        f"sequences/s a GPU at that pace"
+        + (f"; a core here draws {supply:.0f}/s (measured)" if supply else "")
+        + f"\nall-reduce  {reduced / 1e9:8.1f} GB/s a GPU, beside the backward pass"
+    )
+    if supply:
+        cores = sequences * count / supply
+        print(f"so compute is the bound where {cores:.0f} cores or more draw sequences")
 
 
 def bench(model, net, encode, optimiser, G, args, machine):

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm, trange
+from torch.utils.data import default_collate
+from tqdm import trange
 
 from common import (
     BadInput,
     Loop,
-    batches,
     check_least,
     cli,
     cosine_lr,
@@ -46,7 +46,6 @@ from common import (
     read_log,
     restored,
     resumed,
-    save_checkpoint,
     setup,
     split_batch,
     to_device,
@@ -120,7 +119,6 @@ def settle(args, machine):
         args.size = "full" if machine.cuda else "nano"
         machine.say(f"--size {args.size}: full with CUDA, nano without")
     fill(args, {**RECIPES[args.size], "workers": 8 if machine.cuda else 0})
-    fill(args, {"save_every": args.val_every})
     check_least(args)
     args.micro = None
     split_batch(args, machine, args.batch)  # one pass a step
@@ -135,7 +133,7 @@ def train_step(net, tokenizer, loader, optimiser, lr, step, args, machine):
 
     Returns this rank's share of the mean squared error and of the commitment loss.
     """
-    b = to_device(next(loader), machine.device)
+    b = next(loader)
     with machine.autocast():
         error, commitment, z, index = net(b["volume"], b["ranges"])
     share = len(b["volume"]) / args.units
@@ -166,7 +164,7 @@ def main():
     val = Sequences(args.data, "val", **same)
     machine.say(f"{args.data}: train {train.have}, val {val.have}, mix {args.mix}")
     numbers = range(machine.rank, args.val_samples * len(val.kinds), machine.world)
-    held_out = list(in_batches(val, numbers, "validation set", args, machine))
+    held_out = list(in_batches(val, numbers, "validation set", machine))
     config = TokenizerConfig(args.patch, args.codes, hidden=args.hidden, width=args.width)
     tokenizer = Tokenizer(config).to(machine.device)
     optimiser = make_optimiser(tokenizer)
@@ -184,8 +182,7 @@ def main():
     net = distribute(tokenizer, args, machine)
 
     def save(name, **more):
-        if machine.main:
-            save_checkpoint(out / name, **tokenizer_state(tokenizer), args=vars(args), **more)
+        log.save(name, **tokenizer_state(tokenizer), args=vars(args), **more)
 
     def validate(step):
         nonlocal best
@@ -215,8 +212,7 @@ def main():
                 validate(loop.step)
         if loop.saves:
             more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            with loop.paused():
-                save("ckpt.pt", step=loop.step, **more)
+            save("ckpt.pt", step=loop.step, **more)
     if loop.finished:
         report(tokenizer, train, val, held_out, args, machine)
 
@@ -233,18 +229,17 @@ def make_optimiser(tokenizer):
 # ---- data ------------------------------------------------------------------------------------
 
 
-def in_batches(data, numbers, desc, args, machine):
+def in_batches(data, numbers, desc, machine):
     """Those sequences of `data` in batches, with a bar."""
-    lists = [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
-    loader = batches(data, lists, args, machine)
-    return tqdm(loader, desc, len(lists), leave=False, disable=not machine.main)
+    for i in trange(0, len(numbers), 4, desc=desc, leave=False, disable=not machine.main):
+        yield default_collate([data[n] for n in numbers[i : i + 4]])
 
 
 def first_patches(data, args, machine):
     """All patches of the first sequences, shuffled: `start_patches` or a few more, [n, P³]."""
     G = math.prod(grid_of([args.volume] * 3, args.patch))
     numbers = range(-(-args.start_patches // G))
-    loader = in_batches(data, numbers, "patches to start from", args, machine)
+    loader = in_batches(data, numbers, "patches to start from", machine)
     patches = torch.cat([read(b["volume"], b["ranges"], args.patch).flatten(0, 1) for b in loader])
     order = np.random.default_rng([args.seed, 4]).permutation(len(patches))
     return patches[order].to(machine.device)

@@ -2,15 +2,16 @@
 
     python -m kernels.bench                      # attention, patches and the whole step, on CUDA
     python -m kernels.bench --part attention --quick
+    python -m kernels.bench --first-hour         # all that a new GPU should be asked, in one command
 
-Prints a table and writes it to --out, with a figure: median, p20 and p80 of Triton's `do_bench` (it
+Prints a table and writes it to --out as each part ends, with a figure: median, p20 and p80 of Triton's `do_bench` (it
 empties the cache between runs), of attention averaged over fresh sets of inputs with uniform random
 prefixes. FLOP are the useful ones: visible pairs alone, a backward of attention as 2.5 forwards.
 What a rival may prepare once (dense masks, indices) is not timed; FlexAttention's block mask is,
 since it changes with every batch. Without a CUDA device the PyTorch paths alone are timed, at small
 sizes, which says nothing about a GPU: it shows that the script runs.
 
-Sections: arguments · attention · patches · the step · timing · reports
+Sections: arguments · attention · patches · the step · tiles · timing · reports
 
 B batch, N tokens, H heads, D width of a head, P patch edge, G patches of a volume, C width.
 """
@@ -19,9 +20,13 @@ import argparse
 import contextlib
 import datetime
 import math
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -60,20 +65,33 @@ TARGETS = {
 # n: tokens or patches; what: forward, backward or both; ms: the median
 Row = namedtuple("Row", "part rival n what ms p20 p80 tflops")
 
+HOUR = {  # --first-hour
+    "gpu tests": "-m pytest -q -m gpu tests",
+    "kernels and rivals": "-m kernels.bench",
+    "tiles": "-m kernels.bench --part tiles --out kernels/results/tiles",
+    "steps without the loader": "pretrain.py --bench",
+    "steps with the loader": "pretrain.py --val-samples 8 --out out/first-hour --steps",
+}
+
 # ---- arguments -------------------------------------------------------------------------------
 
 
 def main():
     parts = {"attention": bench_attention, "patches": bench_patches, "step": bench_step}
+    usual, parts["tiles"] = list(parts), bench_tiles
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--part", nargs="+", choices=parts, default=list(parts))
+    p.add_argument("--part", nargs="+", choices=parts, default=usual)
     p.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     p.add_argument("--batch", type=int, default=72, help="sequences of the step (published: 72)")
     p.add_argument("--out", type=Path, default="kernels/results", help="folder of table and figure")
+    words = "tests, bench, tiles, steps with and without the loader, and a summary of them"
+    p.add_argument("--first-hour", action="store_true", help=words)
     machine_flags(p, workers=None, kernels=False)
     args = p.parse_args()
+    if args.first_hour:
+        return first_hour(args.out)
     check_least(args)
     machine = setup(args)
     if machine.cuda:
@@ -83,9 +101,34 @@ def main():
         args.batch = 2
     rows = []
     for part in args.part:
+        known = len(rows)
         for contest in parts[part](machine, args):
             rows += race(*contest, machine, args.quick)
-    report(rows, machine, args)
+        report(rows, known, machine, args)
+
+
+def first_hour(out):
+    """Run HOUR's commands one after the other; what they say, as Markdown in out/first-hour.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    cuda, table, said = (
+        torch.cuda.is_available(),
+        "| part | exit code | minutes |\n|---|---|---|\n",
+        "",
+    )
+    for name, words in HOUR.items():
+        words = words.split() + ["200" if cuda else "2"] * words.endswith("--steps")
+        start, lines = time.perf_counter(), []
+        print(f"== {name}: python {' '.join(words)}", flush=True)
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen([sys.executable, *words], **how) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.split("\r")[-1])
+        minutes = (time.perf_counter() - start) / 60
+        table += f"| {name} | {process.returncode} | {minutes:.1f} |\n"
+        said += f"\n### {name}\n\n```\n{''.join(lines[-80:])}```\n"
+        (out / "first-hour.md").write_text(table + said)
+    print(f"wrote {out / 'first-hour.md'}")
 
 
 # ---- attention -------------------------------------------------------------------------------
@@ -260,6 +303,10 @@ def bench_step(machine, args):
         step = partial(train_step, model, optimiser, *scan, G, machine)
         work = {"both": args.batch * model.flops([edge] * 3)}
         yield "step", name, G, lambda run: {"both": run}, [step], work
+        if name == FAST:
+            with torch.profiler.profile() as trace:
+                timed(lambda _: step(), 3, machine)
+            trace.export_chrome_trace(str(args.out / "step.json.gz"))
 
 
 def train_step(model, optimiser, volume, ranges, G, machine):
@@ -269,6 +316,35 @@ def train_step(model, optimiser, volume, ranges, G, machine):
     loss.backward()
     optimiser.step()
     optimiser.zero_grad()
+
+
+# ---- tiles -----------------------------------------------------------------------------------
+
+TRIALS = (  # of attention's kernels, beside the shipped ones; none spills
+    ("forward", [(64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)]),
+    ("backward", [(64, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2)]),
+    ("backward", [(64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2)]),
+)
+
+
+def bench_tiles(machine, args):
+    """Attention with one kernel's tile changed: what TILES of prefix_attention.py should have."""
+    if not machine.cuda:
+        return
+    from kernels import fused, prefix_attention
+
+    for N in (512, 4096):
+        key = kernels.family(machine.device), N > 1024, False
+        qkv = normal(machine, 32768 // N, N, 3, 12, 64)
+        inputs = [(qkv, torch.randint(1, N + 1, (len(qkv),), device=machine.device))]
+        for i, (what, trials) in enumerate(TRIALS):
+            shipped = prefix_attention.TILES[key]
+            for tile in dict.fromkeys([shipped[i], *trials]):
+                name = f"kernel {i} {tile}" + " shipped" * (tile == shipped[i])
+                changed = {key: (*shipped[:i], tile, *shipped[i + 1 :])}
+                with mock.patch.dict(prefix_attention.TILES, changed):
+                    run = partial(ways, machine, None, fused.attend)
+                    yield "tiles", name, N, run, inputs, {what: 0}
 
 
 # ---- timing ----------------------------------------------------------------------------------
@@ -336,8 +412,8 @@ def race(part, name, n, ways, inputs, work, machine, quick):
 # ---- reports ---------------------------------------------------------------------------------
 
 
-def report(rows, machine, args):
-    """Print the table, ours beside the targets; write bench.csv and attention.png."""
+def report(rows, known, machine, args):
+    """Print the rows after the `known`, ours beside the targets; write all and attention.png."""
     try:
         from triton import __version__ as triton
     except ImportError:
@@ -354,7 +430,7 @@ def report(rows, machine, args):
     title = "{device}, torch {torch}, triton {triton}, cuDNN {cudnn}, {date}".format(**info)
     machine.say(f"\n{title}; products of matrices: {rate:.3g} TFLOP/s")
     ours = {(r.part, r.n, r.what): r for r in rows if OURS in r.rival}
-    for r in (Row(*Row._fields), *rows):
+    for r in (Row(*Row._fields), *rows[known:]):
         line = "{:<10} {:<42} {:>6} {:<9} {:>9} {:>9} {:>9} {:>9}".format(*r)
         if r.part == "step":
             line += (
@@ -372,8 +448,7 @@ def report(rows, machine, args):
             line += f"  ours {gain:.2f}x as fast (H100: at least {least}, aim {aim}): {verdict}"
         machine.say(line)
     write_table(args.out / "bench.csv", [*Row._fields, *info], [[*r, *info.values()] for r in rows])
-    if "attention" in args.part:
-        timed = [r for r in rows if r.part == "attention"]
+    if timed := [r for r in rows if r.part == "attention"]:
         points = [{"tokens": r.n, f"{r.rival}, {r.what}": r.tflops} for r in timed]
         panels = []
         for what in dict.fromkeys(r.what for r in timed):

@@ -5,14 +5,15 @@ the voxels mapped to [0, 1],  token[b, i] = Σ_k u[b, patch i, k]·W[·, k] + bi
 address of voxel k = (x·P + y)·P + z of a patch is corner + x·stride_x + y·stride_y + z·stride_z.
 Tiles of [patches, voxels] are read where they lie, in whatever type and strides, mapped
 u = clamp((v − low)·scale, 0, 1)  in registers and multiplied; bias, position and, in row 0 of each
-sample, the begin token are added before the one write. The gradient of the weight is the same
-product turned:  dW[c, k] = Σ_rows dtoken[row, c]·u[row, k],  its rows split over programs whose
-parts are then added in a fixed order.
+sample, the begin token are added before the one write. The gradient of the weight,
+dW[c, k] = Σ_rows dtoken[row, c]·u[row, k],  sums over rows that lie anywhere: where each lies is
+five integer divisions a row and tile, more than its product. So u is written down once, in 16 bits,
+for as long as the BLAS multiplies it.
 
 The loss is the mean squared error of each predicted patch against t = (u − mean)·r, r = 1/√(var +
 1e-6), by the patch's own mean and unbiased variance. One program takes one patch. The backward,
-dpred = 2·(pred − t)/P³ · derror, reads the voxels again and needs only mean and r. So the volume
-has no copy in floating point, and its patches no copy at all.
+dpred = 2·(pred − t)/P³ · derror, reads the voxels again and needs only mean and r. So nothing that
+is as large as the volume is kept for the backward pass.
 
 Sections: kernels · tiles · operators. What they mean: fused.py.
 
@@ -75,18 +76,6 @@ def read_unit(patch, inside, k, source, sizes, strides, P: tl.constexpr, STRADDL
 
 
 @triton.jit
-def find_rows(
-    r, M, T, source, sizes, strides, P: tl.constexpr, BEGIN: tl.constexpr, STRADDLES: tl.constexpr
-):
-    """Rows r [m, 1] of the tokens: patch i of the sequence, whether there is one, where it lies."""
-    i = r % T - BEGIN
-    inside = (r < M) & (i >= 0)
-    b = tl.where(inside, r // T, 0)
-    first = tl.where(inside, i, 0)
-    return i, inside, find(b, first, inside, source, sizes, strides, P, STRADDLES)
-
-
-@triton.jit
 def embed_kernel(source, sizes, strides,
                  weight,                 # [C, K], contiguous; its type is the products'
                  bias, begin,            # [C]; begin may be None
@@ -100,7 +89,10 @@ def embed_kernel(source, sizes, strides,
     # programs of the same patches run together
     r = tl.program_id(0) // across * BM + tl.arange(0, BM)[:, None]
     c = tl.program_id(0) % across * BC + tl.arange(0, BC)
-    i, inside, patch = find_rows(r, M, T, source, sizes, strides, P, BEGIN, STRADDLES)
+    i = r % T - BEGIN
+    inside = (r < M) & (i >= 0)
+    b, first = tl.where(inside, r // T, 0), tl.where(inside, i, 0)
+    patch = find(b, first, inside, source, sizes, strides, P, STRADDLES)
     acc = tl.zeros([BM, BC], tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
@@ -120,31 +112,6 @@ def embed_kernel(source, sizes, strides,
 
 
 @triton.jit
-def embed_weight_kernel(source, sizes, strides,
-                        dout,            # [M, C], contiguous
-                        parts,           # [splits, C, K], contiguous, float32: sums of `share` rows
-                        share, M, T, C,
-                        P: tl.constexpr, BEGIN: tl.constexpr, STRADDLES: tl.constexpr,
-                        BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    K: tl.constexpr = P * P * P
-    down, across = tl.cdiv(C, BC), tl.cdiv(K, BK)
-    split = tl.program_id(0) // (down * across)
-    # programs of the same voxels run together
-    c = tl.program_id(0) % down * BC + tl.arange(0, BC)
-    k = tl.program_id(0) // down % across * BK + tl.arange(0, BK)
-    acc = tl.zeros([BC, BK], tl.float32)
-    for r0 in range(split * share, tl.minimum(M, (split + 1) * share), BM):
-        r = r0 + tl.arange(0, BM)[:, None]
-        _, inside, patch = find_rows(r, M, T, source, sizes, strides, P, BEGIN, STRADDLES)
-        u = read_unit(patch, inside, k[None, :], source, sizes, strides, P, STRADDLES)
-        at = dout + tl.cast(r, tl.int64) * C + c[None, :]
-        g = tl.load(at, mask=inside & (c[None, :] < C), other=0.0)  # [BM, BC]
-        acc = tl.dot(tl.trans(g), u.to(g.dtype), acc, input_precision="ieee")
-    at = parts + (tl.cast(split, tl.int64) * C + c[:, None]) * K + k[None, :]
-    tl.store(at, acc, mask=(c[:, None] < C) & (k[None, :] < K))
-
-
-@triton.jit
 def read_patch(
     source, sizes, strides, prefix, G, P: tl.constexpr, STRADDLES: tl.constexpr, BK: tl.constexpr
 ):
@@ -158,6 +125,14 @@ def read_patch(
     patch = find(b, i, counts, source, sizes, strides, P, STRADDLES)
     u = read_unit(patch, counts, k, source, sizes, strides, P, STRADDLES)
     return tl.cast(r, tl.int64), counts, k, u
+
+
+@triton.jit
+def unfold_kernel(source, sizes, strides,
+                  out,                     # [B, n, K], contiguous: the first n patches
+                  n, P: tl.constexpr, STRADDLES: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    r, _, k, u = read_patch(source, sizes, strides, None, n, P, STRADDLES, BK)
+    tl.store(out + r * P * P * P + k, u.to(out.dtype.element_ty), mask=k < P * P * P)
 
 
 @triton.jit
@@ -196,20 +171,21 @@ def loss_backward_kernel(source, sizes, strides,
 # ---- tiles -----------------------------------------------------------------------------------
 
 TILE = ("BM", "BC", "BK", "num_warps", "num_stages")  # patches, columns, voxels
-TILES = {  # family of GPU (kernels.family): of the embedding and of its weight gradient, in 16 bits
-    80: ((128, 128, 32, 8, 3), (32, 128, 128, 8, 3)),
-    90: ((128, 128, 64, 8, 3), (32, 128, 128, 8, 3)),
-}
-# float32: exact products are made without the tensor cores, out of registers
-EXACT = ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1))
-# 16 bits, each voxel with a map of its own
-STRADDLING = ((64, 64, 32, 8, 2), (32, 64, 32, 8, 2))
+TILES = {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3)}  # by kernels.family, in 16 bits
+STRADDLING = 64, 64, 32, 8, 2  # 16 bits, each voxel with a map of its own
+EXACT = 32, 32, 32, 4, 1  # float32: products without the tensor cores, out of registers
 
 
-def tiles(kernel, device, dtype, straddles):
-    """Tile of kernel 0 (embedding) or 1 (its weight gradient), by the names of TILE."""
-    table = STRADDLING if straddles else TILES[kernels.family(device)]
-    return dict(zip(TILE, (EXACT if dtype == torch.float32 else table)[kernel]))
+def tile_of(device, dtype, straddles):
+    """The embedding's tile, by the names of TILE."""
+    tile = STRADDLING if straddles else TILES[kernels.family(device)]
+    return dict(zip(TILE, EXACT if dtype == torch.float32 else tile))
+
+
+def whole_patch(K):
+    """A program takes a patch of K voxels at once."""
+    BK = triton.next_power_of_2(K)
+    return {"BK": BK, "num_warps": max(1, min(16, BK // 1024))}
 
 
 # ---- operators -------------------------------------------------------------------------------
@@ -259,7 +235,7 @@ def embed_op(
     if not 0 <= count <= G or len(table) < count:
         raise ValueError(f"{count} patches of a volume of {G}, with {len(table)} positions")
     out = torch.empty((B, T, C), dtype=torch.float32, device=volume.device)
-    tile = tiles(0, volume.device, dtype, meta["STRADDLES"])
+    tile = tile_of(volume.device, dtype, meta["STRADDLES"])
     programs = triton.cdiv(B * T, tile["BM"]) * triton.cdiv(C, tile["BC"])
     weight, bias, table = weight.to(dtype).contiguous(), bias.contiguous(), table.contiguous()
     given += weight, bias, packed(begin), table, out, B * T, T, C
@@ -276,27 +252,18 @@ def _(volume, low, scale, order, weight, bias, table, count, begin, dtype):
 
 @torch.library.custom_op("ar3d::patch_embed_weight", mutates_args=())
 def embed_weight_op(
-    volume: Tensor, low: Maybe, scale: Maybe, order: Maybe, dout: Tensor, K: int, begin: bool
+    volume: Tensor, low: Maybe, scale: Maybe, order: Maybe, dout: Tensor, K: int
 ) -> Tensor:
-    """dout [B, T, C] -> gradient of the weight, float32 [C, K]."""
-    B, T, C = dout.shape
-    given, _, meta = survey(volume, low, scale, order, K)
-    tile = tiles(1, volume.device, dout.dtype, meta["STRADDLES"])
-    programs = triton.cdiv(C, tile["BC"]) * triton.cdiv(K, tile["BK"])
-    # parts enough to fill a large GPU some times over, of the shapes alone, so that the order of
-    # the sums is the same everywhere
-    splits = max(1, min(triton.cdiv(B * T, 8 * tile["BM"]), triton.cdiv(768, programs)))
-    share = triton.cdiv(triton.cdiv(B * T, splits), tile["BM"]) * tile["BM"]
-    parts = torch.empty((splits, C, K), dtype=torch.float32, device=volume.device)
-    given += dout.contiguous(), parts, share, B * T, T, C
-    meta["BEGIN"] = begin
-    kernels.launch(embed_weight_kernel, programs * splits, volume.device, *given, **meta, **tile)
-    return parts.sum(0)
+    """dout [B, n, C] of the first n patches -> gradient of the weight [C, K], in its type."""
+    (B, n, C), (given, _, meta) = dout.shape, survey(volume, low, scale, order, K)
+    u = torch.empty((B, n, K), dtype=dout.dtype, device=volume.device)
+    kernels.launch(unfold_kernel, B * n, volume.device, *given, u, n, **meta, **whole_patch(K))
+    return dout.reshape(-1, C).mT @ u.view(-1, K)
 
 
 @embed_weight_op.register_fake
-def _(volume, low, scale, order, dout, K, begin):
-    return dout.new_empty((dout.shape[2], K), dtype=torch.float32)
+def _(volume, low, scale, order, dout, K):
+    return dout.new_empty((dout.shape[2], K))
 
 
 def keep_embed(ctx, inputs, output):
@@ -310,19 +277,13 @@ def differentiate_embed(ctx, dout):
     weight_type, bias_type, begin_type = ctx.types
     begin = begin_type is not None
     source = ctx.saved_tensors
-    dweight = embed_weight_op(*source, dout.to(ctx.dtype), ctx.K, begin).to(weight_type)
+    dweight = embed_weight_op(*source, dout[:, begin:].to(ctx.dtype), ctx.K).to(weight_type)
     dbias = dout[:, begin:].sum((0, 1), dtype=torch.float32).to(bias_type)
     dbegin = dout[:, 0].sum(0, dtype=torch.float32).to(begin_type) if begin else None
     return None, None, None, None, dweight, dbias, None, None, dbegin, None
 
 
 embed_op.register_autograd(differentiate_embed, setup_context=keep_embed)
-
-
-def whole_patch(K):
-    """A program takes a patch of K voxels at once."""
-    BK = triton.next_power_of_2(K)
-    return {"BK": BK, "num_warps": max(1, min(16, BK // 1024))}
 
 
 @torch.library.custom_op("ar3d::patch_loss", mutates_args=())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from common import (
     BadInput,
     Log,
     Loop,
+    batches,
     cosine_lr,
     load_checkpoint,
     micro_batches,
@@ -156,10 +158,10 @@ def test_an_optimiser_step_clips_scales_and_zeroes():
         assert v.tolist() == pytest.approx([0, -16 * factor], rel=1e-4) and w.grad is None
 
 
-def run_loop(tmp_path, first=0, stop_after=None, at=None):
+def run_loop(tmp_path, first=0, stop_after=None, at=None, save_every=99):
     """What a loop of ten steps takes, and when it validates and saves; `at`: SIGTERM there."""
     args = argparse.Namespace(
-        log_every=4, save_every=3, val_every=5, stop_after=stop_after, out="out", units=8
+        log_every=4, save_every=save_every, val_every=5, stop_after=stop_after, out="out", units=8
     )
     optimiser = argparse.Namespace(found_inf=torch.zeros(()))
     log = Log(tmp_path / "log.jsonl", first)
@@ -180,16 +182,33 @@ def run_loop(tmp_path, first=0, stop_after=None, at=None):
 def test_a_loop_logs_validates_and_saves_when_it_should(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     loop, steps, validated, saved = run_loop(tmp_path)
-    assert steps == list(range(10)) and validated == [5, 10] and saved == [3, 6, 9, 10]
+    assert steps == list(range(10)) and validated == [5, 10] and saved == [10]
     rows = read_log(tmp_path / "log.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(4, 1.5), (8, 5.5), (10, 8.5)]
     assert all(row["lr"] == 0.5 and row["samples_per_s"] > 0 for row in rows)
     assert loop.finished and signal.getsignal(signal.SIGTERM) is before
+    assert run_loop(tmp_path, save_every=0)[3] == list(range(1, 11))  # minutes
+
+
+def test_checkpoints_are_written_from_a_copy_and_their_faults_are_told(tmp_path, monkeypatch):
+    w, log = torch.zeros(3), Log(tmp_path / "log.jsonl")
+    for n in range(4):
+        w += 1
+        log.save(f"{n}.pt", format="x", inside=[{"w": w}], step=n)
+    w += 9
+    log.wait()
+    for n in range(4):
+        state = load_checkpoint(tmp_path / f"{n}.pt", "x")
+        assert state["step"] == n and state["inside"][0]["w"].tolist() == [n + 1] * 3
+    log.save("0.pt/x.pt", format="x")
+    with pytest.raises(BadInput, match="0.pt/x.pt: cannot be written"):
+        log.wait()
+    log.wait()
 
 
 def test_a_loop_that_is_stopped_saves_and_goes_on(tmp_path):
     loop, steps, _, saved = run_loop(tmp_path, stop_after=4)
-    assert steps == [0, 1, 2, 3] and saved == [3, 4] and not loop.finished
+    assert steps == [0, 1, 2, 3] and saved == [4] and not loop.finished
     loop, steps, _, saved = run_loop(tmp_path, first=4, at=6)
     assert steps[0] == 4 and steps[-1] in (6, 7) and saved[-1] == loop.step < 10
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == loop.step and not loop.finished
@@ -245,15 +264,35 @@ def test_a_dead_loader_process_ends_the_loop_with_what_the_step_lacks(tmp_path):
                 [worker] = multiprocessing.active_children()
                 worker.kill()
                 worker.join()
-            assert next(samples).tolist() == [2 * step, 2 * step + 1]
+            assert next(samples)["n"].tolist() == [2 * step, 2 * step + 1]
             loop.took(torch.zeros(()), argparse.Namespace(found_inf=torch.zeros(())))
             steps.append((loop.step, loop.saves))
     assert 3 < len(steps) < 12 and steps[-1][1]  # a few were ready; the last is saved
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers:
     def __getitem__(self, n):
-        return n
+        if n == 17:
+            raise BadInput("sample 17 is broken")
+        return {"n": n, "image": torch.full((2, 3), n, dtype=torch.int16), "x": np.full(4, n / 3)}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_are_what_their_numbers_say(workers):
+    args, lists = argparse.Namespace(workers=workers), [[4, 5, 6], [7, 8], [2, 0, 1], [3], [9, 4]]
+    seen = 0
+    for batch, numbers in zip(batches(Numbers(), iter(lists), args, machine()), lists):
+        n = torch.tensor(numbers)
+        assert torch.equal(batch["n"], n) and batch["image"].dtype == torch.int16
+        assert (batch["image"] == n[:, None, None]).all() and batch["image"].shape[1:] == (2, 3)
+        assert torch.equal(batch["x"], (n.double() / 3)[:, None].expand(-1, 4))
+        seen += 1
+    assert seen == 5 and not list(batches(Numbers(), iter([]), args, machine()))
+    with pytest.raises(BadInput, match="sample 17 is broken"):
+        list(batches(Numbers(), iter([[15, 16], [17, 18], [19]]), args, machine()))
+    for process in multiprocessing.active_children():  # they end with their loader
+        process.join(10)
+    assert not multiprocessing.active_children()
 
 
 def test_a_folder_is_written_to_by_one_run(tmp_path):

@@ -270,17 +270,17 @@ def prepared(home, machine, monkeypatch, tmp_path):
 
 def test_a_crop_is_a_function_of_its_number_and_centred_on_a_class(prepared, monkeypatch):
     a, b = (Crops(prepared, (8, 8, 8), 4, seed=3) for _ in range(2))
-    assert all(np.array_equal(x, y) for x, y in zip(a[5], b[5]))
-    assert not np.array_equal(a[5][0], a[11][0])
+    assert all(np.array_equal(a[5][k], b[5][k]) for k in ("image", "label", "chance"))
+    assert not np.array_equal(a[5]["image"], a[11]["image"])
     for share, low, high in ((1.0, 0.95, 1.0), (0.0, 0.0, 0.5)):
         monkeypatch.setattr(finetune_seg, "FOREGROUND", share)
-        middles = np.array([a[n][1][4, 4, 4] for n in range(240)])
+        middles = np.array([a[n]["label"][4, 4, 4] for n in range(240)])
         assert low <= (middles > 0).mean() <= high
         assert share == 0 or 0.35 < (middles == 1).mean() < 0.65  # the classes in equal shares
 
 
 def test_a_small_volume_is_padded(prepared):
-    image, label, _ = Crops(prepared, (32, 32, 40), 1, seed=0)[0]
+    image, label, _ = Crops(prepared, (32, 32, 40), 1, seed=0)[0].values()
     assert image.shape == label.shape == (32, 32, 40)
     assert image.any() and not image[..., :8].any() and not image[..., 32:].any()
 

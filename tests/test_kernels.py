@@ -214,8 +214,8 @@ def test_both_paths_have_the_same_types_at_their_borders():
     assert kinds == [[full, half, full, half, full]] * 2
 
 
-def test_weight_gradient_adds_its_parts():
-    """Rows enough for two parts (32 · 8 at most in one), the last one not full."""
+def test_weight_gradient_of_many_rows():
+    """The first 15 of 16 patches of 20 samples."""
     volume, ranges = scans(20, (8, 8, 16), torch.int16, 4)
     weight, bias, table = leaf(20, 64), leaf(20), torch.randn(16, 20, device=DEVICE)
     tokens = fused.embed(fused.read(volume, ranges, 4), weight, bias, table, 15)

@@ -106,7 +106,7 @@ def test_sigterm_saves_and_leaves(script, tmp_path, ranks, workers):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_end_in_the_same_weights(script, tmp_path):
-    flags = [*RUN, "--steps", 1500, "--val-every", 100, "--save-every", 7, "--workers", 2]
+    flags = [*RUN, "--steps", 1500, "--val-every", 100, "--save-every", 0.01, "--workers", 2]
     script("pretrain.py", *flags, "--out", tmp_path / "whole")
     draw, steps, killed = random.Random(0), set(), tmp_path / "killed"
     for kill in range(20):
