@@ -2,7 +2,7 @@
 
     python -m kernels.bench                      # attention, patches and the whole step, on CUDA
     python -m kernels.bench --part attention --quick
-    python -m kernels.bench --first-hour         # all that a new GPU should be asked, in one command
+    python -m kernels.bench --first-hour         # all that a new GPU should be asked
 
 Prints a table and writes it to --out as each part ends, with a figure: median, p20 and p80 of Triton's `do_bench` (it
 empties the cache between runs), of attention averaged over fresh sets of inputs with uniform random
@@ -110,11 +110,8 @@ def main():
 def first_hour(out):
     """Run HOUR's commands one after the other; what they say, as Markdown in out/first-hour.md."""
     out.mkdir(parents=True, exist_ok=True)
-    cuda, table, said = (
-        torch.cuda.is_available(),
-        "| part | exit code | minutes |\n|---|---|---|\n",
-        "",
-    )
+    cuda, said = torch.cuda.is_available(), ""
+    table = "| part | exit code | minutes |\n|---|---|---|\n"
     for name, words in HOUR.items():
         words = words.split() + ["200" if cuda else "2"] * words.endswith("--steps")
         start, lines = time.perf_counter(), []
@@ -304,8 +301,10 @@ def bench_step(machine, args):
         work = {"both": args.batch * model.flops([edge] * 3)}
         yield "step", name, G, lambda run: {"both": run}, [step], work
         if name == FAST:
+            args.out.mkdir(parents=True, exist_ok=True)
             with torch.profiler.profile() as trace:
-                timed(lambda _: step(), 3, machine)
+                for _ in range(3):
+                    step()
             trace.export_chrome_trace(str(args.out / "step.json.gz"))
 
 
