@@ -347,7 +347,11 @@ def setup(args):
     if world > 1 and not dist.is_initialized():
         # rank 0 alone makes phantoms, pictures and probes, while the others wait
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
-        dist.init_process_group(backend, timeout=patience)
+        # torchrun (2.13) keeps its store over a restart: the new ranks would call on the dead
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        how = {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(backend, timeout=patience, **how)
     torch.manual_seed(seed)
     return Machine(rank, world, device, torch.bfloat16 if wants_bf16 else torch.float32)
 
