@@ -432,6 +432,11 @@ def load_checkpoint(path, format=None):
     return state
 
 
+# what a run goes on from
+SAVED = {"args": {"steps": int}, "model": dict, "step": int, "best": (int, float, list)}
+SAVED["optimiser"] = {"state": dict, "param_groups": [dict]}
+
+
 def resumed(parser, args, out, format):
     """With --resume and a checkpoint in `out`: that run's arguments and its state, else as given.
 
@@ -445,6 +450,9 @@ def resumed(parser, args, out, format):
     state = load_checkpoint(path, format)
     if "optimiser" not in state:
         raise BadInput(f"{path}: holds weights alone; --init starts from them")
+    whole = is_like(state, SAVED) and not SAVED.keys() - state.keys()
+    if not whole or not 0 < state["step"] <= state["args"].get("steps", math.inf):
+        raise damaged(path)
     unset = object()
     blank = argparse.Namespace(**{k: unset for k in vars(args)})
     given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
@@ -456,7 +464,13 @@ def resumed(parser, args, out, format):
                 "out, or start a new run in another --out"
             )
     changed = {k: v for k, v in given.items() if k in FREE}
-    return argparse.Namespace(**{**vars(args), **saved, **changed, "out": str(out)}), state
+    args = argparse.Namespace(**{**vars(args), **saved, **changed, "out": str(out)})
+    return args, state | {"path": path}
+
+
+def damaged(path):
+    words = "its step, arguments, weights or optimiser are not as a run leaves them"
+    return BadInput(f"{path}: {words}; use an earlier one")
 
 
 def restored(state, optimiser, best, owes=False):
@@ -466,7 +480,13 @@ def restored(state, optimiser, best, owes=False):
     """
     if state is None:
         return 0, best, owes
-    optimiser.load_state_dict(state["optimiser"])
+    try:
+        optimiser.load_state_dict(state["optimiser"])
+        moments = [(w, m) for w, of in optimiser.state.items() for m in of.values() if m.ndim]
+        if not moments or any(w.shape != m.shape for w, m in moments):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):  # of hostile contents
+        raise damaged(state["path"]) from None
     return state["step"], state["best"], state.get("owes", False)
 
 

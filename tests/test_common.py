@@ -319,7 +319,8 @@ def test_a_restarted_rank_resumes(tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--lr", type=float, default=1.0)
-    save_checkpoint(tmp_path / "ckpt.pt", format="x", optimiser={}, args={"lr": 3.0})
+    state = {"optimiser": {}, "args": {"lr": 3.0}, "model": {}, "step": 1, "best": 0.5}
+    save_checkpoint(tmp_path / "ckpt.pt", format="x", **state)
     args = parser.parse_args([])
     monkeypatch.setattr(sys, "argv", ["script"])
     assert resumed(parser, args, tmp_path, "x")[1] is None
