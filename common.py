@@ -510,8 +510,9 @@ def open_run(out, args, machine, state=None):
     elif state is None and args.resume:
         machine.say(f"no checkpoint in {out}: starting at step 0")
     write_json(out / "args.json", vars(args))
-    if (out / "ckpt.pt").is_dir():
-        raise BadInput(f"{out / 'ckpt.pt'}: a folder is in the way of the checkpoint; remove it")
+    for file in (out / "ckpt.pt", out / "log.jsonl"):
+        if file.is_dir():
+            raise BadInput(f"{file}: a folder is in the way of the file; remove it")
     log = Log(out / "log.jsonl", state and state["step"], state and state.get("owes"))
     log.lock = lock
     return log
