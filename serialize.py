@@ -1140,7 +1140,7 @@ def open_array(path, shape):
     Unlike NumPy's, the map keeps no file open: corpora outnumber `ulimit -n`. BadInput: another
     type, shape or order than the index has it.
     """
-    stored = because(partial(np.load, mmap_mode="r"), path)
+    stored = read_named(path, partial(np.load, mmap_mode="r"))
     if (stored.dtype.str, stored.shape, stored.flags.c_contiguous) != ("<i2", shape, True):
         words = f"{stored.dtype} {stored.shape}, where the index says int16 {shape}"
         raise BadInput(f"{path}: {words}: build the corpus again")
