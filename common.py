@@ -347,9 +347,11 @@ def setup(args):
     if world > 1 and not dist.is_initialized():
         # rank 0 alone makes phantoms, pictures and probes, while the others wait
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
-        # torchrun (2.13) keeps its store over a restart: the new ranks would call on the dead
+        # torchrun (2.13) keeps its store over a restart: the new ranks would call on the dead. Nodes
+        # count restarts for themselves: with several, the README's command has a new store made
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         how = {"store": store, "rank": rank, "world_size": world}
         dist.init_process_group(backend, timeout=patience, **how)
     torch.manual_seed(seed)
