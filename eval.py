@@ -133,6 +133,7 @@ from serialize import (
     read_scan,
     save_like,
     scans_under,
+    size_flag,
     stamp_of,
     stem_of,
 )
@@ -212,6 +213,7 @@ def main():
         if run is not table:
             q.add_argument("--ckpt", required=True, help="checkpoint of the network")
             machine_flags(q, workers=None)
+            size_flag(q.add_argument)
     words = sys.argv[1:]
     if "--ckpt" in words[:-1] and not {*words} & {*FLAGS}:  # no command: the one that fits
         path = words[words.index("--ckpt") + 1]

@@ -80,6 +80,7 @@ from serialize import (
     patient_of,
     read_named,
     read_scan,
+    size_flag,
     stamp_of,
     suffix_of,
 )
@@ -138,6 +139,7 @@ def parser():
     words = "share of the training patients of each class, or a list of their names (default 1)"
     add("--labels", default="1", help=words)
     add("--volume", type=int, nargs=3, help="X Y Z voxels (published: 128³, ricord 128x128x64)")
+    size_flag(add)
     add("--range", type=float, nargs=2, help="intensities for 0 and 1 (published: ricord 0 1400)")
     add = p.add_argument_group("training").add_argument
     add(
@@ -336,15 +338,15 @@ def list_cases(task, data, lists, pattern, machine):
     """
     rows, classes = task["listed"](Path(data), lists), task["classes"]
     most = len(classes or range(1000))
-    cases = [case_of(f"{data}: {row[0]}", most, pattern, *row) for row in rows]
+    cases = [case_of(f"--data {data}: {row[0]}", most, pattern, *row) for row in rows]
     classes = classes or [str(k) for k in range(1 + max([1, *column(cases, "label")]))]
     for split in SPLITS:
         least = len(classes) if split == "train" else 1
         have = {c["label"] for c in cases if c["split"] == split}
         if len(have) < least:
             raise BadInput(
-                f"{data}: cases of {least} classes are needed in the {split} split, which has "
-                f"{sorted(have) or 'none'}"
+                f"--data {data}: cases of {least} classes are needed in the {split} split, which "
+                f"has {sorted(have) or 'none'}"
             )
     seen = {}
     for c in cases:
@@ -486,11 +488,11 @@ def prepare_all(cases, shape, intensity_range, machine):
         words = f"{len(skipped)} of {len(cases)} scans left out, as {': '.join(skipped[0])}"
         machine.say(words)
     for split in {*column(cases, "split")} - {*column(usable, "split")}:
-        raise BadInput(f"no scan of the {split} split can be used: {words}")
+        raise BadInput(f"--data: no scan of the {split} split can be used: {words}")
     twice = shared(usable, "voxels")
     if twice:
         files = ", ".join(f"{c['file']} ({c['split']})" for c in usable if c["voxels"] == twice[0])
-        words = f"{len(twice)} images stand in more than one split, voxel for voxel"
+        words = f"--data: {len(twice)} images stand in more than one split, voxel for voxel"
         raise BadInput(f"{words}, as {files}: list each once")
     if intensity_range and np.median(column(usable, "statistics")[:, -5]) < intensity_range[0]:
         machine.say(

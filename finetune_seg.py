@@ -81,10 +81,12 @@ from serialize import (
     digest,
     label_subset,
     linear_weights,
+    names_in,
     normalise,
     read_h5,
     read_named,
     resampled,
+    size_flag,
     stamp_of,
     stem_of,
     suffix_of,
@@ -197,6 +199,7 @@ def parser():
     add("--classes", nargs="+", help="labels 1, 2, … (default: the task's, or dataset.json's)")
     add("--range", nargs="+", help="LOW HIGH, percentiles or zscore (default: the task's)")
     add("--spacing", nargs=3, type=float, metavar="MM", help="(default: the task's; nano 4.5)")
+    size_flag(add)
     words = "share of the patients to train on, or a list of their names (default 1)"
     add("--labels", default="1", help=words)
     add = p.add_argument_group("training").add_argument
@@ -493,8 +496,7 @@ def listed_in_h5(root):
     if not files:
         return
     for split, title in (("train", "train.list"), ("val", "test.list")):
-        for names in root.rglob(title):
-            splits |= dict.fromkeys(names.read_text().split(), split)
+        splits |= dict.fromkeys(names_in(root, title), split)
     for name, split in (splits or dict.fromkeys(files, "train")).items():
         file = files.get(name, root / name / "mri_norm2.h5")
         yield name, file, file, split
@@ -523,14 +525,14 @@ def read_case(case, K):
     else:
         labels, grid, _ = read_named(case["label"])
     gap = apart(grid, ras, values.shape)
-    low, high, whole = labels.min(), labels.max(), labels.astype(np.uint8)
+    low, high = labels.min(), labels.max()
     if labels.shape != values.shape:
         wrong = f"label {text_of(labels.shape)}, image {text_of(values.shape)} voxels (RAS)"
     elif gap > 0.5:
         wrong = f"its affine is not the image's: corners are up to {gap:.1f} voxels apart"
-    elif low < 0 or high >= K:
+    elif not 0 <= low <= high < K:
         wrong = f"label values {low:g} ... {high:g}, where 0 ... {K - 1} are expected"
-    elif not np.array_equal(whole, labels):
+    elif not np.array_equal(whole := labels.astype(np.uint8), labels):
         wrong = "labels that are not integers"
     else:
         return values, ras, own, whole
@@ -663,7 +665,7 @@ def prepare_all(cases, setting, machine):
     if not train or not val:
         raise BadInput(
             f"{setting['data']}: {len(train)} cases to train on and {len(val)} to validate with, "
-            f"{len(failed)} that cannot be used (above); one of each is needed"
+            f"{len(failed)} that cannot be used {[r[2] for r in failed[:1]]}; one of each is needed"
         )
     return train, val, failed
 

@@ -32,6 +32,7 @@ import os
 import re
 import tempfile
 import time
+import warnings
 from collections import Counter, defaultdict
 from functools import lru_cache, partial
 from glob import escape
@@ -74,8 +75,9 @@ ATRIUM = 0.625  # mm, isotropic: what the challenge's atria have and their HDF5 
 LABELS = ("*/label*/*", "*/mask*/*", "*/segmentation*/*", "*/derivatives/*")
 LABELS += ("*/laendo.*", "*[-_]seg.*", "*[-_]mask.*", "*[-_]msk.*", "*[-_]label.*")
 SMALLEST = 8  # voxels along an axis; less is a 2D image or a scout
-LARGEST = 2**29  # voxels of a scan, as it is or resampled
+LARGEST = "AR3D_LARGEST"  # where --largest stands: in the environment, for worker processes
 SLACK = 2**20  # bytes that may follow the voxels in a file
+nib.imageglobals.logger.setLevel("CRITICAL")  # it would say of a header what names no file
 
 # ---- arguments -------------------------------------------------------------------------------
 
@@ -96,6 +98,7 @@ def flags():
         "what names the patient in a path (group 1, if any); default: the name of file or folder"
     )
     add("--patient", metavar="REGEX", help=words)
+    size_flag(add)
     add = p.add_argument_group("corpus").add_argument
     add("--out", help="folder (default data/corpus; --phantom: data/phantom/corpus)")
     add(
@@ -117,6 +120,17 @@ def flags():
     add("--stride", type=int, help="slices between slabs (published, of 128: 8)")
     add("--order", choices=["raster", "image"], default="raster", help="published: raster")
     return p
+
+
+def size_flag(add):
+    """--largest of a script that reads scans."""
+    words = "that a scan may have, as it is or resampled (default 512)"
+    add("--largest", type=set_largest, metavar="MVOXELS", help=words)
+
+
+def set_largest(text):
+    os.environ[LARGEST] = text
+    return float(text)
 
 
 def sequence_flags(p):
@@ -223,7 +237,8 @@ def read_scan(path):
 def because(reader, *args):
     """reader(*args), where whatever a library raises becomes BadInput: one line that says why."""
     try:
-        return reader(*args)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said in that line
+            return reader(*args)
     except BadInput:
         raise
     except Exception as e:  # noqa: BLE001  (a dozen types; a user can mend them)
@@ -275,16 +290,27 @@ def check_volume(shape, dtype):
 
 
 def check_size(shape):
-    """BadInput if a scan of this shape is too large to be one, or too small to be cut."""
+    """BadInput if a scan of this shape is too small to be cut."""
     if min(shape) < SMALLEST:
         raise BadInput(f"{text_of(shape)}: fewer than {SMALLEST} voxels along an axis")
-    check_memory(shape)
 
 
 def check_memory(shape):
-    if math.prod(map(int, shape)) > LARGEST:
-        words = f"{text_of(shape)} voxels: more than the {LARGEST:,} that are taken for a scan"
-        raise BadInput(f"{words}; its header may be wrong (sizes, units)")
+    """BadInput if there are more voxels than --largest, or than the memory holds as float32."""
+    most, free = float(os.environ.get(LARGEST, "512")), free_memory()
+    if math.prod(map(int, shape)) > min(most * 2**20, free / 4):
+        raise BadInput(
+            f"{text_of(shape)} voxels: more than the {most:g} Mvoxels of --largest, or than the "
+            f"{free / 1e9:.1f} GB of free memory hold as float32; its header may be wrong (sizes, "
+            "units), or --spacing too fine"
+        )
+
+
+def free_memory():
+    """Bytes that programs can still have, where the system says so (Linux does)."""
+    facts = Path("/proc/meminfo")
+    found = facts.exists() and re.search(r"MemAvailable: *(\d+)", facts.read_text())
+    return 1024 * int(found[1]) if found else math.inf
 
 
 def read_nifti(path):
@@ -363,7 +389,7 @@ def read_npz(path, name="train_images"):
 
 def save_like(scan, path, values, affine, slope=1):
     """uint8 values on the grid of `scan` as NIfTI, with its header (codes, units) if it has one."""
-    header = nib.load(scan).header if suffix_of(scan) in NIFTI else None
+    header = because(nib.load, scan).header if suffix_of(scan) in NIFTI else None
     image = nib.Nifti1Image(values, affine, header)
     image.header.set_xyzt_units("mm")
     image.set_data_dtype(np.uint8)
@@ -458,14 +484,19 @@ def spatial_jobs(folders, exclude, patient):
         for f in labels:
             yield f, "looks like a label map (--exclude)"
         often = Counter(map(stem_of, scans))
-        lists = [*folder.parent.glob("test.list"), *folder.rglob("test.list")]
-        tests = {name for f in lists for name in f.read_text().split()}
+        tests = names_in(folder, "test.list")
         for f in scans:
             if f.parent.name in tests:
                 yield f, "stands in test.list"
                 continue
             who = patient_of(f, folder, often[stem_of(f)] > 1, patient)
             yield job_of("spatial", f, f"{folder.name}/{who}")
+
+
+def names_in(folder, title):
+    """The names in UA-MT's lists of that title, which lie in the folder or beside it."""
+    files = [*folder.rglob(title)] or folder.parent.glob(title)
+    return {name for f in files for name in read_named(f, Path.read_text).split()}
 
 
 def scans_under(folder, exclude):
@@ -674,7 +705,7 @@ def oriented(path):
     """Whether a scan says how it lies: a NIfTI file may have neither sform nor qform."""
     if suffix_of(path) not in NIFTI:
         return True
-    header = nib.load(path).header
+    header = because(nib.load, path).header
     return bool(header["sform_code"] or header["qform_code"])
 
 
