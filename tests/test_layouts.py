@@ -2,6 +2,7 @@
 
 import csv
 import json
+import locale
 import sys
 from types import SimpleNamespace
 from zlib import crc32
@@ -136,11 +137,13 @@ def write_sitk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return writer.Execute(sitk.GetImageFromArray(voxels(path)), str(path), False, -1)
     path.mkdir(parents=True)
+    before = locale.setlocale(locale.LC_CTYPE)
     for z, values in enumerate(voxels(path)):
         image = sitk.GetImageFromArray(values)
         image.SetMetaData("0020|000e", f"1.2.3.{crc32(str(path).encode())}")
         image.SetMetaData("0020|0032", f"0\\0\\{z}")
         writer.Execute(image, str(path / f"{z + 1}.dcm"), False, -1)
+    locale.setlocale(locale.LC_CTYPE, before)  # to write DICOM makes it C
 
 
 @pytest.fixture
@@ -175,7 +178,9 @@ def test_spatial_sets(tmp_path, files):
             whose[str(path)] = f"{name}/{who}"
     jobs, left = collect([tmp_path / name])
     assert {path for path, _ in left} == labels
+    before = locale.setlocale(locale.LC_CTYPE)
     rows = build(jobs, left, tmp_path / "c", **QUIET)
+    assert locale.setlocale(locale.LC_CTYPE) == before
     assert {r["source"]: r["patient"] for r in rows} == whose
     splits = dict(splits_of(rows, "patient"))
     assert list(splits.values()).count("val") == 1
@@ -312,6 +317,7 @@ def test_left_atria(tmp_path):
     assert splits_of(cases) == [*zip(names, ("train", "val"))]
     assert np.array_equal(read_case(cases[0], 2)[3], voxels(names[0]) % 2)
     for folder in (tmp_path, atria):  # the lists lie in it, or beside it
+        assert splits_of(find_cases("la", folder, None, MACHINE)[0]) == splits_of(cases)
         jobs, left = collect([folder])
         assert [j["source"].parent.name for j in jobs] == names[:1]
         assert left == [(atria / names[1] / "mri_norm2.h5", "stands in test.list")]

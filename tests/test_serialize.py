@@ -138,6 +138,21 @@ def test_to_int16_is_exact_for_whole_numbers(dtype):
         assert np.array_equal(stored * slope + inter, values)
 
 
+def test_a_scan_is_checked_against_a_limit_and_the_memory(tmp_path, monkeypatch):
+    assert 0 < serialize.free_memory()
+    monkeypatch.setenv(serialize.LARGEST, "512")  # and so put back
+    ramps(tmp_path / "s", 11, 11)
+    words = ["serialize.py", "--spatial", tmp_path / "s", "--out", tmp_path / "c", "--workers=2"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--largest=0.0008"])
+    with pytest.raises(BadInput, match="x11 voxels: more than the 0.0008 Mvoxels of --largest"):
+        serialize.main()
+    serialize.set_largest("1")
+    serialize.check_memory((100, 1024, 10))
+    monkeypatch.setattr(serialize, "free_memory", lambda: 4e6)
+    with pytest.raises(BadInput, match="0.0 GB of free memory.*header.*--spacing"):
+        serialize.check_memory((100, 1024, 10))
+
+
 def test_to_int16_is_fine_for_floats():
     values = np.random.default_rng(0).normal(0, 1, (40, 40, 40)).astype(np.float32)
     for outlier, error in ((0, 2e-4), (1e6, 1e-3)):  # it must not take the levels of all others
