@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -53,8 +54,16 @@ INPUTS = []  # surface, name, act(folder), words
 
 
 def add(surface, act, *rows):
-    """Inputs: a row is the words of the refusal, and what `act` takes after a folder."""
-    INPUTS.extend((surface, act, *row) for row in rows)
+    """Inputs: a row is the words of the refusal, and what `act` takes after a folder; iterators in
+    it stand for a row each.
+    """
+    for row in rows:
+        ways = (x if isinstance(x, Iterator) else [x] for x in row)
+        INPUTS.extend((surface, act, *one) for one in itertools.product(*ways))
+
+
+def each(*values):
+    return iter(values)
 
 
 def attempt(folder, act, words, *args):
@@ -136,7 +145,7 @@ def put(path, data):
     return path
 
 
-def scan(folder, data, truth=NOISE, name="a.nii", spacing=None):
+def scan(folder, data, name="a.nii", truth=NOISE, spacing=None):
     """One scan beside a good one: build() reads it right or lists it; the good one gets in."""
     put(folder / "s/good.nii", nifti(OTHER))
     path = folder / "s" / name
@@ -176,18 +185,18 @@ GOOD = nifti()
 ZIPPED = gzip.compress(GOOD, mtime=0)
 CUT = "cut short|damaged|unreadable|its header|2D|axes|not a"
 axes = [c for p in itertools.permutations(("RL", "AP", "SI")) for c in itertools.product(*p)]
-add("orientations", scan, *((READ, turned(c), NOISE) for c in axes))
+add("orientations", scan, *((READ, turned(c)) for c in axes))
 add(
     "NIfTI cut",
     scan,
-    *((CUT, GOOD[:n], NOISE) for n in (0, 1, 100, 347, 348, 351, 352, 500, -1)),
-    *((CUT, ZIPPED[:n], NOISE, "a.nii.gz") for n in (0, 1, 5, 18, 999, -9, -8, -4, -1)),
-    (READ, ZIPPED + bytes(512), NOISE, "a.nii.gz"),
-    (READ, gzip.compress(GOOD[:999]) + gzip.compress(GOOD[999:]), NOISE, "a.nii.gz"),
-    *((CUT, ZIPPED + more, NOISE, "a.nii.gz") for more in (b"garbage", ZIPPED[:9])),
-    *((CUT, data, NOISE, "a.nii.gz") for data in (gzip.compress(ZIPPED), RNG.bytes(999))),
-    *((CUT, data, NOISE) for data in (ZIPPED, RNG.bytes(5000), bytes(5000), GOOD + bytes(2**21))),
-    *((CUT, data, NOISE, "a.hdr") for data in (GOOD[:348], bytes(348))),
+    *((CUT, GOOD[:n]) for n in (0, 1, 100, 347, 348, 351, 352, 500, -1)),
+    *((CUT, ZIPPED[:n], "a.nii.gz") for n in (0, 1, 5, 18, 999, -9, -8, -4, -1)),
+    (READ, ZIPPED + bytes(512), "a.nii.gz"),
+    (READ, gzip.compress(GOOD[:999]) + gzip.compress(GOOD[999:]), "a.nii.gz"),
+    *((CUT, ZIPPED + more, "a.nii.gz") for more in (b"garbage", ZIPPED[:9])),
+    (CUT, each(gzip.compress(ZIPPED), RNG.bytes(999)), "a.nii.gz"),
+    (CUT, each(ZIPPED, RNG.bytes(5000), bytes(5000), GOOD + bytes(2**21))),
+    (CUT, each(GOOD[:348], bytes(348)), "a.hdr"),
 )
 
 
@@ -198,7 +207,7 @@ def flipped(data, bit):
 
 
 bits = [*RNG.choice(8 * len(ZIPPED), 25, replace=False), 8 * len(ZIPPED) - 40]
-add("bits flipped", scan, *((ANY, flipped(ZIPPED, b), NOISE, "a.nii.gz") for b in bits))
+add("bits flipped", scan, *((ANY, flipped(ZIPPED, b), "a.nii.gz") for b in bits))
 
 
 def fields():
@@ -237,28 +246,29 @@ rgb = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 add(
     "NIfTI values",
     scan,
-    *((READ, nifti(scl_slope=s, scl_inter=i), NOISE * s + i) for s, i in slopes),
-    *((READ, nifti(SMALL, d, order=o), SMALL) for d in kinds for o in "<>"),
-    *(("neither integers", nifti(NOISE, d), NOISE) for d in ("complex64", "complex128", rgb)),
-    *(("NaN or", nifti(np.where(NOISE > 990, v, NOISE), "f4"), NOISE) for v in (np.nan, np.inf)),
-    ("NaN or", nifti(NOISE * np.nan, "f8"), NOISE),
-    *(("equal", nifti(0 * NOISE + v), NOISE) for v in (0, 7)),
+    *((READ, nifti(scl_slope=s, scl_inter=i), "a.nii", NOISE * s + i) for s, i in slopes),
+    *((READ, nifti(SMALL, d, order=o), "a.nii", SMALL) for d in kinds for o in "<>"),
+    *(("neither integers", nifti(NOISE, d)) for d in ("complex64", "complex128", rgb)),
+    *(("NaN or", nifti(np.where(NOISE > 990, v, NOISE), "f4")) for v in (np.nan, np.inf)),
+    ("NaN or", nifti(NOISE * np.nan, "f8")),
+    *(("equal", nifti(0 * NOISE + v)) for v in (0, 7)),
     *(
-        (READ, nifti(np.stack([NOISE, SMALL], 3), dtype), np.stack([NOISE, SMALL], 3))
+        (READ, nifti(np.stack([NOISE, SMALL], 3), dtype), "a.nii", np.stack([NOISE, SMALL], 3))
         for dtype in "hf"
     ),
-    ("2D", nifti(NOISE[..., 0]), NOISE),
-    ("2D", nifti(NOISE[:1]), NOISE),
-    ("fewer than 8", nifti(NOISE[:7]), NOISE),
-    ("axes", nifti(NOISE[..., None, None][..., [0, 0, 0]]), NOISE),
-    ("axes|2D", nifti(NOISE[..., :0]), NOISE),
-    ("axes|2D", nifti(np.zeros((*EDGES, 0))), NOISE),
-    (READ, nifti(sform_code=0, qform_code=0), NOISE[::-1]),  # without codes NIfTI's x points left
-    (READ, nib.Nifti2Image(NOISE, EYE).to_bytes(), NOISE),
-    ("not a NIfTI", nib.Spm2AnalyzeImage(NOISE, EYE).header.binaryblock, NOISE, "a.hdr"),
-    ("Cifti2Image|unreadable", DATA.joinpath("row_major.dconn.nii").read_bytes(), NOISE),
-    ("more than the", nifti(affine=np.diag([700, 700, 700, 1])), NOISE, "a.nii", [0.7] * 3),
-    ("more than the", nifti(), NOISE, "a.nii", [1e-30] * 3),
+    ("2D", nifti(NOISE[..., 0])),
+    ("2D", nifti(NOISE[:1])),
+    ("fewer than 8", nifti(NOISE[:7])),
+    ("axes", nifti(NOISE[..., None, None][..., [0, 0, 0]])),
+    ("axes|2D", nifti(NOISE[..., :0])),
+    ("axes|2D", nifti(np.zeros((*EDGES, 0)))),
+    # without codes NIfTI's x points left
+    (READ, nifti(sform_code=0, qform_code=0), "a.nii", NOISE[::-1]),
+    (READ, nib.Nifti2Image(NOISE, EYE).to_bytes()),
+    ("not a NIfTI", nib.Spm2AnalyzeImage(NOISE, EYE).header.binaryblock, "a.hdr"),
+    ("Cifti2Image|unreadable", DATA.joinpath("row_major.dconn.nii").read_bytes()),
+    ("more than the", nifti(affine=np.diag([700, 700, 700, 1])), "a.nii", NOISE, [0.7] * 3),
+    ("more than the", nifti(), "a.nii", NOISE, [1e-30] * 3),
 )
 units = ((2, 1), (1, 1000), (3, 0.001), (0, 1))
 add("units", spaced, *((READ, nifti(xyzt_units=u), s) for u, s in units))
@@ -295,18 +305,18 @@ def link_to(target, path):
 
 for name in NAMES:
     pack = gzip.compress if name.lower().endswith("gz") else bytes
-    add("names", scan, (READ, pack(GOOD), NOISE, name), ("SKIPPED", pack(GOOD[:999]), NOISE, name))
+    add("names", scan, (READ, pack(GOOD), name), ("SKIPPED", pack(GOOD[:999]), name))
 add(
     "files",
     scan,
-    (READ, folder_instead, NOISE),
-    (READ, folder_instead, NOISE, "a.nii.gz"),
+    (READ, folder_instead),
+    (READ, folder_instead, "a.nii.gz"),
     *(
-        (".", RNG.bytes(2000), NOISE, f"a{s}")
+        (".", RNG.bytes(2000), f"a{s}")
         for s in (".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".h5", ".npz")
     ),
-    *((".", b"", NOISE, f"a{s}") for s in (".mha", ".nrrd", ".dcm", ".h5", ".npz")),
-    (".", bytes(128) + b"DICM" + RNG.bytes(500), NOISE, "IM0001"),
+    *((".", b"", f"a{s}") for s in (".mha", ".nrrd", ".dcm", ".h5", ".npz")),
+    (".", bytes(128) + b"DICM" + RNG.bytes(500), "IM0001"),
 )
 
 
@@ -343,16 +353,12 @@ def mha(dims, **more):
 add(
     "bombs",
     scan,
-    ("more than the", huge((2000, 2000, 500), np.int16, 9), NOISE, "a.nii.gz"),
-    ("short", huge((800, 800, 800), np.float64, 9), NOISE, "a.nii.gz"),
-    (
-        "short|MemoryError",
-        gzip.decompress(huge((800, 800, 800), np.float64, 0)) + bytes(90_000),
-        NOISE,
-    ),
-    ("bytes more", huge(EDGES, np.int16, 900), NOISE, "a.nii.gz"),
-    ("equal|Memory", huge((512, 512, 960), np.int16, 480), NOISE, "a.nii.gz"),
-    *((ANY, extended(n), NOISE) for n in (0, -1, 7, 8, 16, 2**31 - 16, -(2**31))),
+    ("more than the", huge((2000, 2000, 500), np.int16, 9), "a.nii.gz"),
+    ("short", huge((800, 800, 800), np.float64, 9), "a.nii.gz"),
+    ("short|MemoryError", gzip.decompress(huge((800, 800, 800), np.float64, 0)) + bytes(90_000)),
+    ("bytes more", huge(EDGES, np.int16, 900), "a.nii.gz"),
+    ("equal|Memory", huge((512, 512, 960), np.int16, 480), "a.nii.gz"),
+    *((ANY, extended(n)) for n in (0, -1, 7, 8, 16, 2**31 - 16, -(2**31))),
 )
 
 
@@ -398,20 +404,20 @@ MEMBERS = (
     ),
     *(claims((40, 900, 900, 900)), VOLUMES.astype("m8[s]"), VOLUMES[..., None], npy(VOLUMES)[:999]),
 )
-add("npz, as scans", scan, *((".", npz(train_images=m), NOISE, "a.npz") for m in MEMBERS))
+add("npz, as scans", scan, *((".", npz(train_images=m), "a.npz") for m in MEMBERS))
 add(
     "npz, as scans",
     scan,
-    (READ, npz(train_images=VOLUMES), np.moveaxis(VOLUMES, 0, 3), "a.npz"),
-    *((".", npz(train_images=VOLUMES)[:n], NOISE, "a.npz") for n in (99, -9, -99)),
-    (".", npz(), NOISE, "a.npz"),
+    (READ, npz(train_images=VOLUMES), "a.npz", np.moveaxis(VOLUMES, 0, 3)),
+    *((".", npz(train_images=VOLUMES)[:n], "a.npz") for n in (99, -9, -99)),
+    (".", npz(), "a.npz"),
 )
 
 
-def medmnist(folder, **members):
+def medmnist(folder, member=None, value=None):
     every = {f"{s}_images": VOLUMES + i for i, s in enumerate(cls.SPLITS)}
     every |= {f"{s}_labels": np.array([[0], [1], [0], [1]]) for s in cls.SPLITS}
-    every = {k: v for k, v in (every | members).items() if v is not None}
+    every = {k: v for k, v in (every | {member: value}).items() if v is not None}
     cases_of(folder, "nodule", put(folder / "nodulemnist3d.npz", npz(**every)))
 
 
@@ -424,19 +430,15 @@ def cases_of(folder, task, data, lists=None):
 
 
 MACHINE = setup(Namespace(device="cpu", dtype="fp32"))
-add(
-    "npz, as classes",
-    lambda f, k, m: medmnist(f, **{k: m}),
-    *((".", "val_images", m) for m in MEMBERS),
-)
 wrong = (b"", None, 7, np.zeros(3, int), np.full(4, 2), np.full(4, -1), np.full(4, np.nan), EVIL)
 add(
     "npz, as classes",
-    lambda f, k, m: medmnist(f, **{k: m}),
-    *((".", "train_labels", m) for m in wrong),
+    medmnist,
+    (READ,),
+    (".", "val_images", iter(MEMBERS)),
+    (".", "train_labels", iter(wrong)),
+    ("voxel for voxel", "val_images", VOLUMES),
 )
-add("npz, as classes", lambda f: medmnist(f), (READ,))
-add("npz, as classes", lambda f: medmnist(f, val_images=VOLUMES), ("voxel for voxel",))
 
 
 def hdf5(path, **members):
@@ -471,41 +473,35 @@ if importlib.util.find_spec("h5py"):
     add(
         "HDF5",
         scan,
-        (READ, partial(hdf5, image=NOISE), NOISE, "a.h5"),
-        *((".", partial(hdf5, image=v), NOISE, "a.h5") for v in (*sets, compound)),
-        (".", partial(hdf5, other=NOISE), NOISE, "a.h5"),
-        (".", partial(hdf5, **{"image/x": NOISE}), NOISE, "a.h5"),
+        (READ, partial(hdf5, image=NOISE), "a.h5"),
+        *((".", partial(hdf5, image=v), "a.h5") for v in (*sets, compound)),
+        (".", partial(hdf5, other=NOISE), "a.h5"),
+        (".", partial(hdf5, **{"image/x": NOISE}), "a.h5"),
     )
 if importlib.util.find_spec("SimpleITK"):
     add(
         "MHA and NRRD",
         scan,
-        (READ, mha("9 10 11"), NOISE[::-1, ::-1], "a.mha"),
+        (READ, mha("9 10 11"), "a.mha", NOISE[::-1, ::-1]),
         *(
-            (".", mha(d), NOISE, "a.mha")
+            (".", mha(d), "a.mha")
             for d in ("9 10 110", "99999 99999 99999", "0 9 9", "-1 9 9", "x")
         ),
-        *((".", mha("9 10 11", **m), NOISE, "a.mha") for m in ({"ElementSpacing": "0 0 0"},)),
-        (ANY, mha("9 10 11", ElementSpacing="nan 1 1"), NOISE[::-1, ::-1], "a.mha"),
-        (READ, mha("9 10 11", ElementSpacing="-1 1 1"), NOISE[:, ::-1], "a.mha"),
-        (".", mha("900 900 900"), NOISE, "a.mha"),
-        (".", mha("9 10 11", ElementDataFile="none.raw"), NOISE, "a.mhd"),
-        (".", mha("100 100 100", ElementDataFile="/dev/zero"), NOISE, "a.mhd"),
-        (".", mha("9 10", NDims=2), NOISE, "a.mha"),
-        (".", mha("9 10 11 1", NDims=4), NOISE, "a.mha"),
-        (".", mha("9 10 11", ElementNumberOfChannels=3), NOISE, "a.mha"),
+        *((".", mha("9 10 11", **m), "a.mha") for m in ({"ElementSpacing": "0 0 0"},)),
+        (ANY, mha("9 10 11", ElementSpacing="nan 1 1"), "a.mha", NOISE[::-1, ::-1]),
+        (READ, mha("9 10 11", ElementSpacing="-1 1 1"), "a.mha", NOISE[:, ::-1]),
+        (".", mha("900 900 900"), "a.mha"),
+        (".", mha("9 10 11", ElementDataFile="none.raw"), "a.mhd"),
+        (".", mha("100 100 100", ElementDataFile="/dev/zero"), "a.mhd"),
+        (".", mha("9 10", NDims=2), "a.mha"),
+        (".", mha("9 10 11 1", NDims=4), "a.mha"),
+        (".", mha("9 10 11", ElementNumberOfChannels=3), "a.mha"),
         (
             ".",
             b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9999 9999 9999\nencoding: raw\n\n",
-            NOISE,
             "a.nrrd",
         ),
-        (
-            ".",
-            b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\nencoding: gzip\n\nx",
-            NOISE,
-            "a.nrrd",
-        ),
+        (".", b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\nencoding: gzip\n\nx", "a.nrrd"),
     )
 
 
@@ -553,7 +549,7 @@ add(
     "dataset.json",
     segment,
     (READ, listing()),
-    *(("dataset.json", v) for v in (5.5, [], "x", 5, True, b"", b"{", b"[" * 1000, b"\xff\xfe{}")),
+    ("dataset.json", each(5.5, [], "x", 5, True, b"", b"{", b"[" * 1000, b"\xff\xfe{}")),
     *(("dataset.json", b"NaN"), ("dataset.json", b'{"a":' * 1000), ("dataset.json", b"\0" * 9)),
     *(("dataset.json", listing(labels=v)) for v in ([], None, "x", 5, {}, {"x": 1})),
     (".", listing(labels={"9" * 5000: "x"})),
@@ -607,7 +603,7 @@ add(
     ("a.nii", nifti(np.stack([TRUTH] * 2, 3), np.uint8)),
     *(("affine", nifti(TRUTH, np.uint8, np.diag(d))) for d in ((1, 1, 2, 1), (-1, 1, 1, 1))),
     ("affine", nifti(TRUTH, np.uint8, nib.affines.from_matvec(EYE[:3, :3], [5, 0, 0]))),
-    *(("a.nii", d) for d in (b"", GOOD[:999], nifti(TRUTH, np.complex64))),
+    ("a.nii", each(b"", GOOD[:999], nifti(TRUTH, np.complex64))),
     ("no such label", lambda f: (f / "labelsTr/a.nii").mkdir()),
     ("no labelled|no such label", lambda f: shutil.rmtree(f / "labelsTr")),
     ("list it once", lambda f: (f / "labelsTr/a.nii").symlink_to("b.nii")),
@@ -615,7 +611,7 @@ add(
 add(
     "names of cases",
     lambda f, n: segment(f, names=["b", "c", n], classes=["x", "y"]),
-    *((READ, n) for n in ("[1]", "$x", "a b", "é", os.fsdecode(b"\xff\xfe"), "z" * 248, "'\",")),
+    (READ, each("[1]", "$x", "a b", "é", os.fsdecode(b"\xff\xfe"), "z" * 248, "'\",")),
 )
 
 
@@ -657,9 +653,9 @@ ends += ("5\0.nii,1,test,", f"{'x' * 140_000},1,test,", '"5.nii,1,test,')
 add(
     "CSV",
     csv_of,
-    *((READ, t) for t in (FINE, "\ufeff" + FINE, FINE.replace("\n", "\r\n"), FINE + "\n\n")),
-    *((READ, t) for t in (FINE.replace("\n", ",more,and more\n"), FINE.replace(",p", ", p"))),
-    *(("cases.csv", t) for t in ("", "\0", HEAD, "x", FINE[5:], b"\xff" * 99, GOOD, "\n" * 9)),
+    (READ, each(FINE, "\ufeff" + FINE, FINE.replace("\n", "\r\n"), FINE + "\n\n")),
+    (READ, each(FINE.replace("\n", ",more,and more\n"), FINE.replace(",p", ", p"))),
+    ("cases.csv", each("", "\0", HEAD, "x", FINE[5:], b"\xff" * 99, GOOD, "\n" * 9)),
     *(("cases.csv", FINE.replace("file", "path")), ("cases.csv", FINE.replace("label", "l", 1))),
     *(("cases.csv", FINE.replace("5.nii,1,test,p5", e)) for e in ends),
     ("listed twice", FINE + LINES[0].replace(",0,", ",1,")),
@@ -684,10 +680,7 @@ add(
     "lists",
     lists_of,
     (READ, b"0.nii 0\n1.nii 1\n"),
-    *(
-        (".", t)
-        for t in (b"", b"0.nii", b"0.nii 0", b"0.nii 0\n0.nii 1", b"\xff\xfe 1", b"\0 1\n", GOOD)
-    ),
+    (".", each(b"", b"0.nii", b"0.nii 0", b"0.nii 0\n0.nii 1", b"\xff\xfe 1", b"\0 1\n", GOOD)),
     *((".", b"0.nii 0\n1.nii " + t) for t in (b"2", b"one", b"9" * 5000, b"-1", b"\xb2")),
 )
 
@@ -702,8 +695,8 @@ add(
     "--labels",
     names_of,
     (READ, b"case_1\ncase_3\n"),
-    *((".", t) for t in (b"", b"\n\n", b"case_9", b"case_1 case_x", b"\xff", b"\0", b"x" * 10**5)),
-    *((".", t) for t in ("none", ".", "a\0b", "x" * 5000)),
+    (".", each(b"", b"\n\n", b"case_9", b"case_1 case_x", b"\xff", b"\0", b"x" * 10**5)),
+    (".", each("none", ".", "a\0b", "x" * 5000)),
 )
 
 
@@ -748,11 +741,11 @@ add(
     "DL_info.csv",
     lesions,
     (READ, None, None),
-    *(("SKIPPED", 6, v) for v in boxes),
-    *(("SKIPPED", 9, v) for v in ("-1", "x", "", "nan", "9" * 5000)),
-    *(("SKIPPED", 11, v) for v in ("x", "1", "", "1,99", "9" * 5000 + ",1", "1,2,3")),
-    *(("SKIPPED", 0, v) for v in ("", "none", "../x", "x" * 5000)),
-    *((".", None, v) for v in ("a,b\n1,2\n", GOOD, "x" * 140_000, "\0\n\0\n")),
+    ("SKIPPED", 6, iter(boxes)),
+    ("SKIPPED", 9, each("-1", "x", "", "nan", "9" * 5000)),
+    ("SKIPPED", 11, each("x", "1", "", "1,99", "9" * 5000 + ",1", "1,2,3")),
+    ("SKIPPED", 0, each("", "none", "../x", "x" * 5000)),
+    (".", None, each("a,b\n1,2\n", GOOD, "x" * 140_000, "\0\n\0\n")),
 )
 
 
@@ -792,35 +785,30 @@ add(
     corpus,
     (READ,),
     ("nothing to train", None, None, None, b""),
-    *(
-        ("index.jsonl", k, v)
-        for k in ("kind", "file", "shape", "split")
-        for v in (DROP, None, 5, [], {})
-    ),
-    *(("index.jsonl", k, v) for k in ("patient", "group") for v in (DROP, [], {})),
-    *(("index.jsonl", "centre", v) for v in (DROP, None, 5, [], ["x", 1], [np.nan, 1])),
-    *(
-        (".", "shape", v)
-        for v in ([24, 24], [0, 24, 24], [-24, -24, 24], [24.0] * 3, [10**9] * 3, ["x"] * 3)
-    ),
-    *((".", "file", v) for v in ("", ".", "none", "a\0", "x" * 5000, "index.jsonl")),
-    *(("index.jsonl", "kind", v) for v in ("x", "Spatial")),
-    *(
-        ("index.jsonl", None, None, None, t)
-        for t in (b"5", b"null", b"[]", b"{}", b"x", b"\xff", b"[" * 9999)
+    ("index.jsonl", each("kind", "file", "shape", "split"), each(DROP, None, 5, [], {})),
+    ("index.jsonl", each("patient", "group"), each(DROP, [], {})),
+    ("index.jsonl", "centre", each(DROP, None, 5, [], ["x", 1], [np.nan, 1])),
+    (".", "shape", each([24, 24], [0, 24, 24], [-24, -24, 24], [24.0] * 3, [10**9] * 3, ["x"] * 3)),
+    (".", "file", each("", ".", "none", "a\0", "x" * 5000, "index.jsonl")),
+    ("index.jsonl", "kind", each("x", "Spatial")),
+    (
+        "index.jsonl",
+        None,
+        None,
+        None,
+        each(b"5", b"null", b"[]", b"{}", b"x", b"\xff", b"[" * 9999),
     ),
 )
 add(
     "arrays",
     corpus,
     *((".", None, None, npy(A.astype(d))) for d in ("f4", "i4", ">i2", "u2", "f8", "i1", "O")),
-    *(
-        (".", None, None, d)
-        for d in (npy(np.asfortranarray(A)), npy(A)[:-1], npy(A)[:99], npy(A)[128:])
-    ),
-    *(
-        (".", None, None, d)
-        for d in (b"", RNG.bytes(40_000), npy(EVIL) + bytes(30_000), npy(A[0, 0]) + bytes(30_000))
+    (".", None, None, each(npy(np.asfortranarray(A)), npy(A)[:-1], npy(A)[:99], npy(A)[128:])),
+    (
+        ".",
+        None,
+        None,
+        each(b"", RNG.bytes(40_000), npy(EVIL) + bytes(30_000), npy(A[0, 0]) + bytes(30_000)),
     ),
     *(
         (".", None, None, claims(s) + bytes(30_000))
@@ -901,23 +889,13 @@ for load, state in STATES.items():
     add(
         "checkpoints",
         raw,
-        *(
-            ("x.pt", load, d)
-            for d in (b"", b"x", out[:99], out[:-99], out[: len(out) // 2], RNG.bytes(999))
-        ),
-        *(
-            ("x.pt", load, d)
-            for d in (
-                None,
-                {},
-                [1],
-                5,
-                torch.ones(2),
-                {"format": "x"},
-                full,
-                Evil(),
-                full | {"x": Evil()},
-            )
+        ("x.pt", load, each(b"", b"x", out[:99], out[:-99], out[: len(out) // 2], RNG.bytes(999))),
+        (
+            "x.pt",
+            load,
+            each(
+                None, {}, [1], 5, torch.ones(2), {"format": "x"}, full, Evil(), full | {"x": Evil()}
+            ),
         ),
         ("x.pt", load, pickle.dumps(Evil())),
     )
@@ -937,16 +915,16 @@ for load, state in STATES.items():
             for k in names
             for v in numbers[:: 1 + 3 * (load is not load_pretrained)]
         ),
-        *(("x.pt", load, state, ("model", 0), v) for v in (DROP, None, 5, "x", [1.0])),
+        ("x.pt", load, state, ("model", 0), each(DROP, None, 5, "x", [1.0])),
         *(("x.pt", load, state, ("model", 0), lambda w, v=v: w * v) for v in (np.nan, np.inf, 1j)),
-        *(
-            ("x.pt", load, state, ("model", 0), f)
-            for f in (torch.Tensor.int, torch.Tensor.bool, lambda w: w[:1])
+        (
+            "x.pt",
+            load,
+            state,
+            ("model", 0),
+            each(torch.Tensor.int, torch.Tensor.bool, lambda w: w[:1]),
         ),
-        *(
-            ("x.pt", load, state, ("model", 0), f)
-            for f in (torch.Tensor.to_sparse, lambda w: w.to("meta"))
-        ),
+        ("x.pt", load, state, ("model", 0), each(torch.Tensor.to_sparse, lambda w: w.to("meta"))),
         ("x.pt", load, state, ("model", "more"), torch.ones(2)),
         ("x.pt", load, state, ("model", 5), torch.ones(2)),
         *(
@@ -964,10 +942,7 @@ add(
         for k in ("features", "decoder", "classes", "roi", "overlap", "spacing")
         for v in (DROP, "x", -1)
     ),
-    *(
-        ("x.pt", cls.load_classifier, STATES[cls.load_classifier], ("args", "pool"), v)
-        for v in (DROP, [])
-    ),
+    ("x.pt", cls.load_classifier, STATES[cls.load_classifier], ("args", "pool"), each(DROP, [])),
 )
 PUBLISHED = {"model.embed_tokens.weight": torch.ones(3, 24)}
 add(
