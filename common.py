@@ -184,7 +184,7 @@ def parallel(fn, items, workers=None, desc=None):
 
 # what --resume may change: the run stays the same
 FREE = "resume data out device workers micro compile kernels log_every val_every save_every"
-FREE = {*FREE.split(), "stop_after"}
+FREE = {*FREE.split(), "stop_after", "largest"}
 
 
 def machine_flags(p, workers=8, kernels=True, compiled=False):
@@ -347,8 +347,8 @@ def setup(args):
     if world > 1 and not dist.is_initialized():
         # rank 0 alone makes phantoms, pictures and probes, while the others wait
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
-        # torchrun (2.13) keeps its store over a restart: the new ranks would call on the dead. Nodes
-        # count restarts for themselves: with several, the README's command has a new store made
+        # torchrun (2.13) keeps its store over a restart: the new ranks would call on the dead.
+        # Nodes count restarts for themselves: with several, README's command has a new store made
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -417,7 +417,8 @@ def load_checkpoint(path, format=None):
     if not path.is_file():
         raise BadInput(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001  (half a dozen types, for a cut file or a pickle)
         lines = str(e).strip().splitlines()
         reason = lines[0][:120] if lines else type(e).__name__

@@ -1175,9 +1175,13 @@ def open_array(path, shape):
     if (stored.dtype.str, stored.shape, stored.flags.c_contiguous) != ("<i2", shape, True):
         words = f"{stored.dtype} {stored.shape}, where the index says int16 {shape}"
         raise BadInput(f"{path}: {words}: build the corpus again")
-    size = os.path.getsize(path) // 2
-    mapped = torch.from_file(path, shared=False, size=size, dtype=torch.int16)
-    return mapped[-math.prod(shape) :].view(shape)  # without the header
+
+    def mapped(path):
+        size = os.path.getsize(path) // 2
+        values = torch.from_file(path, shared=False, size=size, dtype=torch.int16)
+        return values[-math.prod(shape) :].view(shape)  # without the header
+
+    return read_named(path, mapped)
 
 
 def cut(array, start, shape):

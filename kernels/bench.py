@@ -6,7 +6,8 @@
 
 Prints a table and writes it to --out as each part ends, with a figure: median, p20 and p80 of
 Triton's `do_bench` (it empties the cache between runs), of attention averaged over fresh sets of
-inputs with uniform random prefixes. FLOP are the useful ones: visible pairs alone, a backward of attention as 2.5 forwards.
+inputs with uniform random prefixes. FLOP are the useful ones: visible pairs alone, a backward of
+attention as 2.5 forwards.
 What a rival may prepare once (dense masks, indices) is not timed; FlexAttention's block mask is,
 since it changes with every batch. Without a CUDA device the PyTorch paths alone are timed, at small
 sizes, which says nothing about a GPU: it shows that the script runs.

@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# The tests mean the CPU, where Triton's kernels run in its interpreter. Those of a GPU are asked
+# for: python -m pytest -m gpu tests. Both are said before PyTorch and Triton are imported.
+if not {"-m", "gpu"} <= {*sys.argv}:
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before Triton is imported: its kernels then run on the CPU
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

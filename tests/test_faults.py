@@ -147,6 +147,7 @@ def whole_of_two(phantom_home, tmp_path_factory):
 # ---- signals and dead processes ----
 
 
+@pytest.mark.slow
 def test_sigterm_under_torchrun_loses_nothing_and_leaves_no_process(
     phantom_home, whole_of_two, tmp_path
 ):

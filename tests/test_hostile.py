@@ -44,7 +44,7 @@ FAULTS = ("crashed", "hung", "silent")
 VERDICTS = ("read", "refused", "skipped", *FAULTS)
 SECONDS, BYTES = 10, 2**31  # of an input, at most
 # bars; what C++ prints of MetaImage files; PyTorch of a pickle in protocol 4
-BESIDE = r"%\||Meta(Image|Object): |ElementType required|   ideal = |Detected pickle protocol"
+BESIDE = r"%\||Meta(Image|Object): |ElementType required|   ideal = "
 ANY, READ = "", None  # what a refusal says: anything, as it may be read too; it must be read
 EYE, EDGES = np.eye(4), (9, 10, 11)
 RNG = np.random.default_rng(0)
@@ -982,9 +982,9 @@ add(
 )
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_hostile_inputs(tmp_path, step):
-    """Every second input of the table; with --slow all."""
+    """Every third input of the table, 300 and more; with --slow all."""
     table, bad = {}, []
     for n, (surface, act, words, *args) in [*enumerate(INPUTS)][::step]:
         folder = tmp_path / str(n)
