@@ -188,7 +188,9 @@ def main():
     G = math.prod(grid_of([args.volume] * 3, config.patch))
     torch.manual_seed(args.seed)
     if args.plan:
-        return plan(Model(config), G, args, machine)
+        with torch.device("meta"):
+            model = Model(config)
+        return plan(model, G, args, machine)
     model = build(config, args, state, tokenizer, machine)
     net = distribute(model, args, machine)
     encode = partial(codes_of, model, tokenizer)

@@ -319,6 +319,15 @@ def test_one_batch_is_overfitted():
     assert loss < 0.05
 
 
+def test_recomputed_blocks_give_the_same_gradients():
+    model, volume = Model(Config(width=24, layers=3, heads=2, patch=4)), torch.rand(2, 8, 8, 8)
+    grads = []
+    for model.recompute in (False, True):
+        loss, _ = model(volume, torch.tensor([1, 5]))
+        grads.append((loss, *torch.autograd.grad(loss, [*model.parameters()])))
+    assert all(map(torch.equal, *grads))
+
+
 def test_sizes_are_those_of_vit():
     with torch.device("meta"):
         count = {
