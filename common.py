@@ -60,7 +60,7 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except Exception:  # noqa: BLE001  (the frames are let go, so that loader processes can end)
+    except Exception:  # noqa: BLE001
         traceback.print_exc()
         sys.exit(1)
     if dist.is_available() and dist.is_initialized():
@@ -184,7 +184,7 @@ def parallel(fn, items, workers=None, desc=None):
 
 # what --resume may change: the run stays the same
 FREE = "resume data out device workers micro compile kernels log_every val_every save_every"
-FREE = {*FREE.split(), "stop_after", "largest"}
+FREE = {*FREE.split(), "stop_after", "largest", "recompute"}
 
 
 def machine_flags(p, workers=8, kernels=True, compiled=False):
@@ -460,6 +460,7 @@ def resumed(parser, args, out, format):
     blank = argparse.Namespace(**{k: unset for k in vars(args)})
     given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
     saved = {**state["args"], "stop_after": None}
+    saved["save_every"] = vars(args).get("save_every")  # it was steps once
     for k, v in given.items():
         if k not in FREE and k in saved and v != saved[k]:
             raise BadInput(
@@ -577,8 +578,10 @@ def batches(dataset, numbers, args, machine):
     sample = {k: torch.as_tensor(v) for k, v in dataset[first[0]].items()}
     slots = [{k: shared(v, len(first)) for k, v in sample.items()} for _ in range(SLOTS)]
     crew = hire(dataset, slots, args.workers)
-    side = pin(slots, machine.device) if machine.cuda else None
+    side = None
     try:
+        if machine.cuda:
+            side = pin(slots, machine.device)
         for batch in filled(slots, numbers, crew):
             if not machine.cuda:
                 yield batch
@@ -595,6 +598,9 @@ def batches(dataset, numbers, args, machine):
     finally:
         for _, pipe in crew:
             pipe.close()
+        if side:
+            side.synchronize()
+            pin(slots, machine.device, torch.cuda.cudart().cudaHostUnregister)
 
 
 def shared(like, count):
@@ -605,12 +611,12 @@ def shared(like, count):
     )
 
 
-def pin(slots, device):
-    """Lock the slots' memory for copies to a GPU; returns the stream for them."""
+def pin(slots, device, undo=None):
+    """Lock the slots' memory for copies to a GPU, or undo it; returns a stream for the copies."""
     for tensor in itertools.chain.from_iterable(slot.values() for slot in slots):
-        torch.cuda.check_error(
-            torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-        )
+        given = tensor.data_ptr(), tensor.nbytes, 0
+        done = undo(given[0]) if undo else torch.cuda.cudart().cudaHostRegister(*given)
+        torch.cuda.check_error(done)
     return torch.cuda.Stream(device)
 
 
@@ -760,10 +766,12 @@ class Loop:
                 self.logged = (self.step + 1) % self.args.log_every == 0 or last
                 yield self.step
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             self.bar.close()
-            self.log.wait()
+            try:
+                self.log.wait()  # a signal is still heard, and does not break it off
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         if not self.finished:
             words = f"stopped at step {self.step} of {self.steps}, saved in {self.args.out}"
             self.machine.say(f"{words}: --resume goes on")
@@ -791,6 +799,7 @@ class Loop:
         Where a process of the loader dies, this one reads what the step under way lacks, and the
         loop ends.
         """
+        self.log.wait()  # processes are forked: none holds a file that is being written
         numbers, given = partial(micro_batches, self.step, self.args, self.machine), 0
         try:
             for batch in batches(dataset, numbers(), self.args, self.machine):
@@ -921,8 +930,8 @@ class Log:
 
     def wait(self):
         """Until the last one is written; BadInput where it cannot be."""
-        writing, self.writing = self.writing, None
-        if writing:
+        if self.writing:
+            writing, self.writing = self.writing, None
             writing.result()
 
 

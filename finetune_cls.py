@@ -80,6 +80,7 @@ from serialize import (
     patient_of,
     read_named,
     read_scan,
+    set_largest,
     size_flag,
     stamp_of,
     suffix_of,
@@ -177,6 +178,8 @@ def settle(args, machine):
         fill(args, {"lr": 1e-5, "wd": 1e-4})  # published: what differs without pre-training
     given = {"volume": volume, "range": task["range"], "workers": 8 if machine.cuda else 0}
     fill(args, USUAL | RECIPES[recipe] | given)
+    if args.largest:  # of the run that goes on, too
+        set_largest(str(args.largest))
     check_least(args)
     low, high = args.range or (0, 1)
     if low >= high:

@@ -86,6 +86,7 @@ from serialize import (
     read_h5,
     read_named,
     resampled,
+    set_largest,
     size_flag,
     stamp_of,
     stem_of,
@@ -241,6 +242,8 @@ def settle(args, machine):
     if args.init.startswith("scratch"):
         fill(args, SCRATCH)
     fill(args, PUBLISHED | {"data": f"data/{args.task}", "workers": 4 if machine.cuda else 0})
+    if args.largest:  # of the run that goes on, too
+        set_largest(str(args.largest))
     check_least(args)
     split_batch(args, machine, args.batch * args.crops)
     roi = args.roi * 3 if len(args.roi) == 1 else args.roi
@@ -394,9 +397,6 @@ def build(args, state, setting, machine):
         f"{' (frozen)' if args.freeze else ''}; with its decoder {weights:.1f} M parameters, "
         f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}"
     )
-    if machine.cuda:  # what convolutions on tensor cores want, of one shape all along
-        torch.backends.cudnn.benchmark = True
-        model.decoder.to(memory_format=torch.channels_last_3d)
     return model.to(machine.device)
 
 

@@ -234,7 +234,7 @@ class Model(nn.Module):
         x = self.tokens(source, grid, order, G - 1, self.ops)  # [B, G, C]
         for block in self.blocks:
             if self.recompute:
-                x = checkpoint(block, x, prefix + 1, use_reentrant=False)
+                x = checkpoint(block, x, prefix + 1, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, prefix + 1)  # the begin token is visible too
         pred = self.head(self.norm(x))  # [B, G, P³] or [B, G, K]

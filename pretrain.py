@@ -143,6 +143,7 @@ def settle(args, machine):
     check_least(args)
     if args.tokenizer and args.target == "pixel":
         raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq predicts codes")
+    args.given_micro = args.micro
     split_batch(args, machine, 72 if machine.cuda else 8)
 
 
@@ -236,7 +237,8 @@ def main():
     flops = model.flops([args.volume] * 3, 0 if args.attention == "causal" else None) * args.batch
     speed = {"samples_per_s": args.batch}
     speed["of_matmul_rate"] = flops / machine.world / matmul_rate(machine)  # measured just now
-    if sheet := data_sheet(torch.cuda.get_device_name() if machine.cuda else ""):
+    bf16 = machine.cuda and machine.dtype == torch.bfloat16
+    if sheet := data_sheet(torch.cuda.get_device_name() if bf16 else ""):
         speed["mfu"] = flops / machine.world / sheet
     loop = Loop(args, machine, log, first, args.steps, "pre-training", **speed)
     samples = loop.batches(train)
@@ -547,14 +549,15 @@ def memory_of(model, G, args):
 def plan(model, G, args, machine):
     """Print what a run would take on --plan GPUs."""
     count, _, kind = args.plan.partition("x")
-    if not count.isdigit() or not int(count) or kind not in SHEETS:
+    if not count.isdecimal() or not int(count) or kind not in SHEETS:
         raise BadInput(f"--plan {args.plan}: a number and a kind, {', '.join(SHEETS)}: 8xH100")
     count, supply = int(count), None
     if args.steps is None or args.data:
-        data = Sequences(find_corpus(machine, args.data), "train", args.volume, 4, args.stride)
+        same = {"size": args.volume, "stride": args.stride, "seed": args.seed}
+        data = Sequences(find_corpus(machine, args.data), mix=args.mix, **same)
         fill(args, {"steps": steps_of(data, args)})
         supply = 1 / float(np.median(timed(data.__getitem__, 16, machine)))
-    args.micro = min(72, -(-args.batch // count))
+    args.micro = min(args.given_micro or 72, -(-args.batch // count))
     flops = args.batch * model.flops([args.volume] * 3, 0 if args.attention == "causal" else None)
     weights = sum(w.numel() for w in model.parameters())
     seconds = flops / (USE * count * SHEETS[kind])

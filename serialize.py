@@ -26,6 +26,7 @@ import argparse
 import fnmatch
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -47,6 +48,8 @@ import torch.nn.functional as F
 
 from common import (
     BadInput,
+    Machine,
+    batches,
     check_least,
     cli,
     cores,
@@ -59,7 +62,7 @@ from common import (
     write_beside,
     write_table,
 )
-from model import to_unit, token_order
+from model import SIZES, Config, Model, to_unit, token_order
 from phantom import write_phantom
 
 KINDS = ("spatial", "contrast", "semantic")
@@ -129,6 +132,8 @@ def size_flag(add):
 
 
 def set_largest(text):
+    if not float(text) > 0:
+        raise ValueError
     os.environ[LARGEST] = text
     return float(text)
 
@@ -495,7 +500,7 @@ def spatial_jobs(folders, exclude, patient):
 
 def names_in(folder, title):
     """The names in UA-MT's lists of that title, which lie in the folder or beside it."""
-    files = [*folder.rglob(title)] or folder.parent.glob(title)
+    files = {*folder.rglob(title), *folder.parent.glob(title)}
     return {name for f in files for name in read_named(f, Path.read_text).split()}
 
 
@@ -1351,7 +1356,8 @@ def write_noise(out):
 
 
 def bench(data):
-    """Samples a second on one core, arrays in the page cache; bytes; disk against pre-cut crops."""
+    """Samples a second, arrays in the page cache; bytes; disk against pre-cut crops; the demand."""
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     keep_freed_memory()
     torch.set_num_threads(1)
     print(f"{data.root}: {data.have}")
@@ -1372,6 +1378,13 @@ def bench(data):
             f"{1e3 * np.median(times):.1f} ms), {2e-6 * data.size**3:.2f} MB a sample; "
             f"{len(files)} scans"
         )
+        lists = ([*range(n, n + 12)] for n in itertools.count(0, 12))
+        handed = batches(data, lists, argparse.Namespace(workers=cores()), machine)
+        next(handed)
+        start, count = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - start) < 5:
+            count += len(next(handed)["kind"])
+        print(f"{'':>9}  {count / seconds:.0f}/s handed over by {cores()} loader processes")
         if kind == "spatial":
             disk = 2 * mean(map(math.prod, files.values()))
             crops = PUBLISHED[kind] * 4 * data.size**3
@@ -1380,6 +1393,11 @@ def bench(data):
                 f"{disk / crops:.0%} of the {crops / 1e6:.0f} MB of {PUBLISHED[kind]} pre-cut "
                 "float32 crops"
             )
+    with torch.device("meta"):
+        models = {k: Model(Config(**v)) for k, v in SIZES.items()}
+    work = {k: model.flops([data.size] * 3) for k, model in models.items()}
+    wanted = ", ".join(f"{k} {0.4 * 989e12 / flops:,.0f}" for k, flops in work.items())
+    print(f"an H100 at 40 % of 989 TFLOP/s would take, samples/s: {wanted}")
 
 
 if __name__ == "__main__":

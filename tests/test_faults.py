@@ -169,6 +169,7 @@ def test_sigterm_under_torchrun_loses_nothing_and_leaves_no_process(
     assert steps_of(tmp_path) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_goes_on_by_itself(phantom_home, whole_of_two, tmp_path):
     """From step 3; the checkpoint is that of a run with the same flags which was stopped there."""
     out, stopped = tmp_path / "killed", tmp_path / "stopped"

@@ -482,7 +482,8 @@ def test_inspect_draws_and_bench_counts(run, corpus, capsys, monkeypatch):
     run("--bench", "--volume", 32)
     told = capsys.readouterr().out
     for kind, scans in zip(KINDS, (3, 8, 4)):
-        assert re.search(rf"{kind}: +1 samples/s.* {scans} scans\n", told)
+        assert re.search(rf"{kind}: +1 samples/s.* {scans} scans\n +\d+/s handed over by", told)
+    assert "an H100 at 40 % of 989 TFLOP/s would take" in told
     assert not Path(told.split("\n")[0].split()[-1]).exists()
 
 
