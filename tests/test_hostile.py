@@ -663,7 +663,7 @@ add(
     ("more than one split", FINE.replace("p5", "p0")),
     ("voxel for voxel", FINE + "8.nii,0,test,p8\n"),
     ("SKIPPED.*9.nii", FINE + "9.nii,0,test,p9\n"),
-    (r"DICOM series.*: \./\.", FINE + "./.,0,test,p9\n"),
+    (r"DICOM( series|, MHA).*: \./\.", FINE + "./.,0,test,p9\n"),
     ("cases of 2 classes", FINE.replace("1.nii,1", "1.nii,0")),
 )
 
