@@ -460,7 +460,8 @@ def resumed(parser, args, out, format):
     blank = argparse.Namespace(**{k: unset for k in vars(args)})
     given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
     saved = {**state["args"], "stop_after": None}
-    saved["save_every"] = vars(args).get("save_every")  # it was steps once
+    if isinstance(saved.get("save_every"), int):  # steps, of an earlier version
+        saved["save_every"] = args.save_every
     for k, v in given.items():
         if k not in FREE and k in saved and v != saved[k]:
             raise BadInput(
@@ -563,32 +564,48 @@ def batches(dataset, numbers, args, machine):
     """The samples of `dataset` (dicts) that `numbers` lists, a batch a list, on the device.
 
     --workers processes write them in place into slots of shared memory, made once: no pickling, no
-    collating. On CUDA the slots are pinned, and a stream of its own copies a batch while an earlier
-    one is computed on. The first list is the longest; a batch lasts until the next is asked for.
-    What `dataset.on_host` names stays there.
+    collating. The first list is the longest; a batch lasts until the next is asked for. What
+    `dataset.host_keys` names stays on the host.
     """
-    stays = getattr(dataset, "on_host", ())
+    host_keys = getattr(dataset, "host_keys", ())
     numbers = iter(numbers)
     first = next(numbers, [])
     numbers = itertools.chain([first] if first else [], numbers)
     if not args.workers or not first:
         for some in numbers:
-            yield to_device(default_collate([dataset[n] for n in some]), machine.device, stays)
+            yield to_device(default_collate([dataset[n] for n in some]), machine.device, host_keys)
         return
     sample = {k: torch.as_tensor(v) for k, v in dataset[first[0]].items()}
     slots = [{k: shared(v, len(first)) for k, v in sample.items()} for _ in range(SLOTS)]
     crew = hire(dataset, slots, args.workers)
-    side = None
+    on_host = filled(slots, numbers, crew)
     try:
-        if machine.cuda:
-            side = pin(slots, machine.device)
-        for batch in filled(slots, numbers, crew):
-            if not machine.cuda:
-                yield batch
-                continue
+        yield from copied(on_host, slots, machine.device, host_keys) if machine.cuda else on_host
+    finally:
+        for _, pipe in crew:
+            pipe.close()
+
+
+def shared(like, count):
+    """Room for `count` tensors as `like`, in memory that the processes forked from here share."""
+    memory = mmap.mmap(-1, max(1, count * like.nbytes))
+    values = torch.frombuffer(memory, dtype=like.dtype)[: count * like.numel()]
+    return values.view(count, *like.shape)
+
+
+def copied(batches, slots, device, host_keys):
+    """Batches, views of the slots, on a GPU: copied by a stream of its own, from pinned memory,
+    while an earlier one is computed on.
+    """
+    side, cuda = torch.cuda.Stream(device), torch.cuda.cudart()
+    memory = [(t.data_ptr(), t.nbytes) for slot in slots for t in slot.values()]
+    for where, size in memory:
+        torch.cuda.check_error(cuda.cudaHostRegister(where, size, 0))
+    try:
+        for batch in batches:
             with torch.cuda.stream(side):
-                batch = to_device(batch, machine.device, stays)
-            now = torch.cuda.current_stream()
+                batch = to_device(batch, device, host_keys)
+            now = torch.cuda.current_stream(device)
             now.wait_stream(side)
             for tensor in batch.values():
                 if tensor.is_cuda:
@@ -596,28 +613,9 @@ def batches(dataset, numbers, args, machine):
             yield batch
             side.synchronize()  # its slot is free again
     finally:
-        for _, pipe in crew:
-            pipe.close()
-        if side:
-            side.synchronize()
-            pin(slots, machine.device, torch.cuda.cudart().cudaHostUnregister)
-
-
-def shared(like, count):
-    """Room for `count` tensors as `like`, in memory that the processes forked from here share."""
-    memory = mmap.mmap(-1, max(1, count * like.nbytes))
-    return torch.frombuffer(memory, dtype=like.dtype)[: count * like.numel()].view(
-        count, *like.shape
-    )
-
-
-def pin(slots, device, undo=None):
-    """Lock the slots' memory for copies to a GPU, or undo it; returns a stream for the copies."""
-    for tensor in itertools.chain.from_iterable(slot.values() for slot in slots):
-        given = tensor.data_ptr(), tensor.nbytes, 0
-        done = undo(given[0]) if undo else torch.cuda.cudart().cudaHostRegister(*given)
-        torch.cuda.check_error(done)
-    return torch.cuda.Stream(device)
+        side.synchronize()
+        for where, _ in memory:
+            torch.cuda.check_error(cuda.cudaHostUnregister(where))
 
 
 def hire(dataset, slots, workers):
@@ -679,11 +677,13 @@ def work(dataset, slots, i, workers, pipe, others):
                             room[k].copy_(torch.as_tensor(v))
             except Exception as e:  # noqa: BLE001  (raised where the batch is due)
                 fault = e
+                fault.add_note(traceback.format_exc())  # it does not travel by itself
             pipe.send(fault)
 
 
-def to_device(batch, device, stays=()):
-    return {k: v if k in stays else v.to(device, non_blocking=True) for k, v in batch.items()}
+def to_device(batch, device, host_keys=()):
+    """A dict of tensors on the device, but for the keys that stay on the host."""
+    return {k: v if k in host_keys else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def optimiser_step(optimiser, lr, clip=0.0):
@@ -735,7 +735,7 @@ class Loop:
                 save(loop.step, owes=loop.owes)
 
     A row of the log has the means of the losses since the last row (each rank gives its share) and
-    each quantity a step of `per_second` as a rate, of training alone. SIGTERM and Ctrl-C end the
+    each quantity a step of `per_second` as a rate, validation left out. SIGTERM and Ctrl-C end the
     loop after the step under way or in the midst of validation, which the run then owes (a second
     Ctrl-C is obeyed at once); --stop-after likewise.
     """
@@ -768,7 +768,7 @@ class Loop:
         finally:
             self.bar.close()
             try:
-                self.log.wait()  # a signal is still heard, and does not break it off
+                self.log.wait()  # before the handlers go: the signal's default loses the file
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -861,7 +861,7 @@ class Loop:
 
     @contextlib.contextmanager
     def paused(self, hurried=False):
-        """The clock stands still: rates are of training alone.
+        """The clock of the rates stands still.
 
         hurried: a signal breaks it off; not with several ranks, which would wait for one another.
         """
@@ -925,7 +925,7 @@ class Log:
         """Have the checkpoint NAME written while training goes on: from a copy, one at a time."""
         if self.path is not None:
             self.wait()
-            path, copy = self.path.parent / name, on_host(state)
+            path, copy = self.path.parent / name, host_copy(state)
             self.writing = self.writer.submit(save_checkpoint, path, **copy)
 
     def wait(self):
@@ -935,12 +935,12 @@ class Log:
             writing.result()
 
 
-def on_host(state):
+def host_copy(state):
     """A copy, tensors on the CPU, of nested dicts, lists and tuples."""
     if isinstance(state, dict):
-        return {k: on_host(v) for k, v in state.items()}
+        return {k: host_copy(v) for k, v in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(on_host, state))
+        return type(state)(map(host_copy, state))
     return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 

@@ -716,7 +716,7 @@ class Crops:
     chance float64 [32]: numbers for the augmentation.
     """
 
-    on_host = ("chance",)  # what stays there
+    host_keys = ("chance",)  # augment reads it there
 
     cases: list
     roi: list

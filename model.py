@@ -457,6 +457,14 @@ def checkpoint_state(model):
 
 # ---- measuring -------------------------------------------------------------------------------
 
+SHEETS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, FLOP/s
+USE = 0.4  # of that rate: what a step is hoped to reach; no GPU has been timed
+
+
+def data_sheet(name):
+    """FLOP/s in bf16 of the GPU called `name`, None where it is not known here."""
+    return next((rate for gpu, rate in SHEETS.items() if gpu in name), None)
+
 
 def timed(run, times, machine):
     """Seconds of run(0), run(1), … on the device."""

@@ -50,11 +50,14 @@ from common import (
 )
 from model import (
     FORMAT,
+    SHEETS,
     SIZES,
+    USE,
     Config,
     Model,
     checkpoint_state,
     choose_kernels,
+    data_sheet,
     fit,
     grid_of,
     load_pretrained,
@@ -143,8 +146,8 @@ def settle(args, machine):
     check_least(args)
     if args.tokenizer and args.target == "pixel":
         raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq predicts codes")
-    args.given_micro = args.micro
-    split_batch(args, machine, 72 if machine.cuda else 8)
+    if not args.plan:  # which is of other machines
+        split_batch(args, machine, 72 if machine.cuda else 8)
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ def find_tokenizer(args, patch, state, machine):
         return None
     if state:
         return load_tokenizer(state["tokenizer"], patch).to(machine.device)
-    if args.tokenizer is None and args.bench:
+    if args.tokenizer is None and (args.bench or args.plan):
         machine.say("no --tokenizer: a random one, the time is the same")
         config = TokenizerConfig(patch=patch, codes=8192 if patch == 16 else 512)
         return Tokenizer(config).requires_grad_(False).to(machine.device)
@@ -348,8 +351,8 @@ def validation_set(data, G, args, machine):
     for n in range(machine.rank, args.val_samples * len(data.kinds), machine.world):
         prefix = int(np.random.default_rng([args.seed, 3, n]).integers(G))
         mine.append({**data[n], "prefix": 0 if args.attention == "causal" else prefix})
-    most = min(args.micro, 16)
-    size = max(n for n in range(1, most + 1) if len(mine) % n == 0)  # one shape, one compiled graph
+    passes = max(1, -(-len(mine) // min(args.micro, 16)))
+    size = max(1, -(-len(mine) // passes))  # as even as can be: one shape or two to compile for
     return [default_collate(mine[i : i + size]) for i in range(0, len(mine), size)]
 
 
@@ -525,20 +528,13 @@ def predicted_views(model, b, tokenizer, machine):
 
 # ---- bench and plan --------------------------------------------------------------------------
 
-SHEETS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, FLOP/s
-USE = 0.4  # of that rate: what a step is hoped to reach; no GPU has been timed
-
-
-def data_sheet(name):
-    """FLOP/s in bf16 of the GPU called `name`, None where it is not known here."""
-    return next((rate for gpu, rate in SHEETS.items() if gpu in name), None)
-
 
 def memory_of(model, G, args):
-    """Bytes on a GPU: weights, gradients and AdamW's moments, and activations of a pass.
+    """Bytes on a GPU: 16 a weight (it, its gradient, AdamW's moments), and a pass of args.micro.
 
     36 bytes a channel, token and block were counted in the code that Inductor generates for bf16
-    with the kernels (10.7 GiB of ViT-B, 31.8 of ViT-L, 72 sequences); 4 are the residual stream.
+    with the kernels (10.7 GiB of ViT-B, 31.8 of ViT-L, 72 sequences); 4 are the residual stream,
+    all that --recompute keeps of a block. Predictions (6 an output) and voxels (4) are estimates.
     """
     c = model.config
     blocks = 36 + 4 * c.layers if args.recompute else 36 * c.layers
@@ -557,7 +553,7 @@ def plan(model, G, args, machine):
         data = Sequences(find_corpus(machine, args.data), mix=args.mix, **same)
         fill(args, {"steps": steps_of(data, args)})
         supply = 1 / float(np.median(timed(data.__getitem__, 16, machine)))
-    args.micro = min(args.given_micro or 72, -(-args.batch // count))
+    args.micro = min(args.micro or 72, -(-args.batch // count))
     flops = args.batch * model.flops([args.volume] * 3, 0 if args.attention == "causal" else None)
     weights = sum(w.numel() for w in model.parameters())
     seconds = flops / (USE * count * SHEETS[kind])

@@ -5,7 +5,7 @@
         --semantic data/deeplesion/DL_info.csv data/deeplesion/Images_nifti --out data/corpus
     python serialize.py --out data/corpus --inspect   # draws one sequence of each kind, numbered
     python serialize.py --out data/corpus --bench     # samples a second, bytes a sample, disk
-    python serialize.py --bench         # the same of noise in full size: half a minute, 0.7 GB
+    python serialize.py --bench         # the same of noise in full size: 40 seconds, 0.7 GB
     python serialize.py --spatial data/amos --check   # what would be read, and what not and why
     python serialize.py --out data/corpus --check     # whether every array is as it was written
     python serialize.py --audit data/corpus data/msd  # which test scans were pre-trained on
@@ -62,7 +62,7 @@ from common import (
     write_beside,
     write_table,
 )
-from model import SIZES, Config, Model, to_unit, token_order
+from model import SHEETS, SIZES, USE, Config, Model, to_unit, token_order
 from phantom import write_phantom
 
 KINDS = ("spatial", "contrast", "semantic")
@@ -132,6 +132,7 @@ def size_flag(add):
 
 
 def set_largest(text):
+    """Have --largest, Mvoxels (2²⁰) above 0, hold here and in processes begun from here."""
     if not float(text) > 0:
         raise ValueError
     os.environ[LARGEST] = text
@@ -1098,16 +1099,19 @@ class Sequences(torch.utils.data.Dataset):
 
     def read(self, n, room):
         """Sequence n, its voxels written into room["volume"]."""
-        rng, volume = np.random.default_rng([*self.seed, n]), room["volume"]
+        rng = np.random.default_rng([*self.seed, n])
         kind = self.kinds[n % len(self.kinds)]
         if self.weights is not None:
             kind = str(rng.choice(self.kinds, p=self.weights / self.weights.sum()))
         for _ in range(8):  # a box of nothing but background teaches nothing: draw another
-            pairs = getattr(self, kind)(rng, volume)
-            ranges = torch.from_numpy(np.stack(pairs)).float()
+            crops, measured = getattr(self, kind)(rng)
+            ranges = torch.from_numpy(np.stack([*map(intensity_range, measured)])).float()
             if (ranges[:, 1] > ranges[:, 0]).all():
                 break
-        return {"volume": volume, "ranges": ranges, "kind": KINDS.index(kind)}
+        for place, crop in zip(room["volume"].split(self.depth, 2), crops):
+            place.copy_(crop)
+        ranges = ranges.repeat(self.images // len(ranges), 1)
+        return {"volume": room["volume"], "ranges": ranges, "kind": KINDS.index(kind)}
 
     def array(self, row):
         path = str(self.root / row["file"])
@@ -1115,9 +1119,9 @@ class Sequences(torch.utils.data.Dataset):
             raise BadInput(f"{path}: cut short or removed since this run began")
         return open_array(path, tuple(row["shape"]))
 
-    # each draws a sequence, writes its voxels into `volume` and returns its intensity ranges
+    # each draws S crops [X, Y, D] and says what their intensity ranges are of: one or each
 
-    def spatial(self, rng, volume):
+    def spatial(self, rng):
         """Slabs of one crop: D slices each, `stride` apart, the first at a random z of the crop."""
         array = self.array(self.scans[rng.integers(len(self.scans))])
         box = [self.size] * 3
@@ -1125,34 +1129,26 @@ class Sequences(torch.utils.data.Dataset):
         crop = resize(cut(array, start, box), box)
         span = self.depth + (self.images - 1) * self.stride
         first = rng.integers(self.size - span + 1)
-        starts = range(first, first + span, self.stride)
-        self.join([crop[:, :, z : z + self.depth] for z in starts[: self.images]], volume)
-        return [intensity_range(crop)] * self.images
+        slabs = crop[:, :, first : first + span].unfold(2, self.depth, self.stride)  # [X, Y, S, D]
+        return slabs.unbind(2), [crop]
 
-    def contrast(self, rng, volume):
+    def contrast(self, rng):
         """The same box in the co-registered contrasts of one patient."""
         case = self.cases[rng.integers(len(self.cases))]
         box = [self.size, self.size, self.depth]
         start = [rng.integers(max(1, n - b + 1)) for n, b in zip(case[0]["shape"], box)]
         rows = (case * self.images)[: self.images]
         crops = [resize(cut(self.array(row), start, box), box) for row in rows]
-        self.join(crops, volume)
-        return [intensity_range(crop) for crop in crops]
+        return crops, crops
 
-    def semantic(self, rng, volume):
+    def semantic(self, rng):
         """Lesions of one type from as many patients."""
         patients = self.types[rng.integers(len(self.types))]
         crops = []
         for p in rng.choice(len(patients), self.images, replace=False):
             row = patients[p][rng.integers(len(patients[p]))]
             crops.append(lesion_crop(self.array(row), row, self.size, self.depth))
-        self.join(crops, volume)
-        return [intensity_range(crop) for crop in crops]
-
-    def join(self, crops, volume):
-        """Sub-images side by side along z."""
-        for place, crop in zip(volume.split(self.depth, 2), crops):
-            place.copy_(crop)
+        return crops, crops
 
 
 def grouped(rows, key):
@@ -1396,8 +1392,9 @@ def bench(data):
     with torch.device("meta"):
         models = {k: Model(Config(**v)) for k, v in SIZES.items()}
     work = {k: model.flops([data.size] * 3) for k, model in models.items()}
-    wanted = ", ".join(f"{k} {0.4 * 989e12 / flops:,.0f}" for k, flops in work.items())
-    print(f"an H100 at 40 % of 989 TFLOP/s would take, samples/s: {wanted}")
+    rate = USE * SHEETS["H100"]
+    wanted = ", ".join(f"{k} {rate / flops:,.0f}" for k, flops in work.items())
+    print(f"an H100 at {rate / 1e12:.0f} TFLOP/s would take, samples/s: {wanted}")
 
 
 if __name__ == "__main__":

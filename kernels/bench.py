@@ -43,7 +43,7 @@ from common import (
     write_table,
 )
 from kernels import plain
-from model import SIZES, Config, Model, matmul_rate, positions, timed
+from model import SIZES, Config, Model, data_sheet, matmul_rate, positions, timed
 
 OURS, MASKED, EFFICIENT = "ours, Triton", "SDPA, mask", "SDPA, mask, EFFICIENT"
 FLEX, CAUSAL = "FlexAttention", "SDPA, causal (floor)"
@@ -436,8 +436,8 @@ def report(rows, known, machine, args):
             line += (
                 f"  {1e3 * args.batch / r.ms:.1f} sequences/s, {r.tflops / rate:.1%} of the rate"
             )
-            if "H100" in info["device"]:
-                line += f", {r.tflops / 989:.1%} of an H100's 989 on paper"
+            if sheet := data_sheet(info["device"]):
+                line += f", {1e12 * r.tflops / sheet:.1%} of its data sheet's"
         best, goals = ours.get((r.part, r.n, r.what)), TARGETS.get((r.rival, r.what), {})
         if best and r.n in goals:
             least, aim = goals[r.n]

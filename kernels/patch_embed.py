@@ -7,8 +7,8 @@ Tiles of [patches, voxels] are read where they lie, in whatever type and strides
 u = clamp((v − low)·scale, 0, 1)  in registers and multiplied; bias, position and, in row 0 of each
 sample, the begin token are added before the one write. The gradient of the weight,
 dW[c, k] = Σ_rows dtoken[row, c]·u[row, k],  sums over rows that lie anywhere: where each lies is
-five integer divisions a row and tile, more than its product. So u is written down once, in 16 bits,
-for as long as the BLAS multiplies it.
+five integer divisions a row and tile, more than its product. So u is written down once, in the type
+of the products, for as long as the BLAS multiplies it.
 
 The loss is the mean squared error of each predicted patch against t = (u − mean)·r, r = 1/√(var +
 1e-6), by the patch's own mean and unbiased variance. One program takes one patch. The backward,

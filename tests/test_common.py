@@ -190,7 +190,7 @@ def test_a_loop_logs_validates_and_saves_when_it_should(tmp_path):
     assert run_loop(tmp_path, save_every=0)[3] == list(range(1, 11))  # minutes
 
 
-def test_checkpoints_are_written_from_a_copy_and_their_faults_are_told(tmp_path, monkeypatch):
+def test_checkpoints_are_written_from_a_copy_and_their_faults_are_told(tmp_path):
     w, log = torch.zeros(3), Log(tmp_path / "log.jsonl")
     for n in range(4):
         w += 1
@@ -288,8 +288,10 @@ def test_batches_are_what_their_numbers_say(workers):
         assert torch.equal(batch["x"], (n.double() / 3)[:, None].expand(-1, 4))
         seen += 1
     assert seen == 5 and not list(batches(Numbers(), iter([]), args, machine()))
-    with pytest.raises(BadInput, match="sample 17 is broken"):
+    with pytest.raises(BadInput, match="sample 17 is broken") as e:
         list(batches(Numbers(), iter([[15, 16], [17, 18], [19]]), args, machine()))
+    told = "".join(getattr(e.value, "__notes__", []))  # of the process where it was raised
+    assert "in __getitem__" in told or not workers
     for process in multiprocessing.active_children():  # they end with their loader
         process.join(10)
     assert not multiprocessing.active_children()

@@ -352,7 +352,7 @@ def harm(path, whole, name):
     return path.read_bytes()
 
 
-def is_refused(name, whole, home, folder, capsys, module=pretrain, flags=()):
+def assert_refused(name, whole, home, folder, capsys, module=pretrain, flags=()):
     before = harm(folder / "ckpt.pt", whole, name)
     said = refused(capsys, home, *flags, "--resume", "--out", folder, module=module)
     assert f"{folder}/ckpt.pt: " in said
@@ -371,7 +371,7 @@ def stopped(phantom_home, tmp_path_factory):
 def test_pretraining_resumes_from_no_hostile_checkpoint(
     name, stopped, phantom_home, tmp_path, capsys
 ):
-    is_refused(name, stopped, phantom_home, tmp_path, capsys)
+    assert_refused(name, stopped, phantom_home, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -390,4 +390,4 @@ def segmented(tmp_path_factory):
 @pytest.mark.parametrize("name", ["half", "code", "NaN", "no moments", "step beyond the last"])
 def test_segmentation_resumes_from_no_hostile_checkpoint(name, segmented, tmp_path, capsys):
     home, flags, whole = segmented
-    is_refused(name, whole, home, tmp_path, capsys, finetune_seg, flags)
+    assert_refused(name, whole, home, tmp_path, capsys, finetune_seg, flags)

@@ -45,7 +45,7 @@ def poison(one_thread):
     torch.use_deterministic_algorithms(False)
 
 
-def close(ours, exact, dtype, what):
+def assert_close(ours, exact, dtype, what):
     """Relative norm against float64."""
     error = (ours.detach().double() - exact.detach()).norm() / exact.norm().clamp(min=1e-30)
     assert error <= TOLERANCE[dtype], f"{what}: relative error {error:.1e}"
@@ -62,7 +62,7 @@ def doubled(x):
 # ---- attention -------------------------------------------------------------------------------
 
 
-def check_attention(prefix, qkv, dout=None):
+def assert_attention(prefix, qkv, dout=None):
     """Output and each gradient."""
     B, N, _, H, D = qkv.shape
     dtype = qkv.dtype
@@ -71,12 +71,12 @@ def check_attention(prefix, qkv, dout=None):
     exact = doubled(qkv)
     out, exact_out = fused.attend(qkv, prefix), plain.attend(exact, prefix)
     assert out.dtype == dtype and out.is_contiguous()
-    close(out, exact_out, dtype, "out")
+    assert_close(out, exact_out, dtype, "out")
     (grad,) = torch.autograd.grad(out, qkv, dout)
     (exact_grad,) = torch.autograd.grad(exact_out, exact, dout.double())
     for i, name in enumerate(("dq", "dk", "dv")):
         if N > 1 or name == "dv":  # of one key the softmax is 1 whatever q and k are
-            close(grad[:, :, i], exact_grad[:, :, i], dtype, name)
+            assert_close(grad[:, :, i], exact_grad[:, :, i], dtype, name)
         else:
             assert grad[:, :, i].abs().max() < TOLERANCE[dtype]
 
@@ -88,29 +88,29 @@ CASES = [(1, 1, 16), (2, 2, 8), (34, 1, 128), (63, 1, 80), (64, 1, 64), (65, 1, 
 @pytest.mark.parametrize("N, H, D", CASES)
 def test_attention(N, H, D, dtype):
     prefix = [0, 1, N - 1, N] if dtype == torch.float32 else [N // 2]
-    check_attention(prefix, leaf(len(prefix), N, 3, H, D, dtype=dtype))
+    assert_attention(prefix, leaf(len(prefix), N, 3, H, D, dtype=dtype))
 
 
 @pytest.mark.parametrize("N, rows, keys", [(130, 16, 64), (130, 64, 16), (513, 64, 128)])
 def test_attention_by_tiles_of_unequal_sides(N, rows, keys, monkeypatch):
     tile = {"BM": rows, "BN": keys, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(prefix_attention, "tiles", lambda *_: tile)
-    check_attention([31], leaf(1, N, 3, 1, 16))
+    assert_attention([31], leaf(1, N, 3, 1, 16))
 
 
 def test_attention_reads_through_strides():
     B, N, H, D = 2, 35, 2, 16
     heads_first = torch.randn(3, B, H, N, D, device=DEVICE).permute(1, 3, 0, 2, 4)
-    check_attention([10, 30], heads_first.requires_grad_())
+    assert_attention([10, 30], heads_first.requires_grad_())
     every_other = torch.randn(B, N, 3, H, 2 * D, device=DEVICE)[..., ::2].requires_grad_()
-    check_attention([10, 30], every_other, torch.randn(B, H, N, D, device=DEVICE).transpose(1, 2))
+    assert_attention([10, 30], every_other, torch.randn(B, H, N, D, device=DEVICE).transpose(1, 2))
     constant = torch.ones((), device=DEVICE).expand(B, N, H, D)  # what sum().backward() hands over
-    check_attention(torch.tensor([20]).expand(2), leaf(B, N, 3, H, D), constant)
+    assert_attention(torch.tensor([20]).expand(2), leaf(B, N, 3, H, D), constant)
 
 
 def test_attention_takes_any_prefix_and_large_scores():
     prefix = torch.tensor([-4, 900], dtype=torch.int32)
-    check_attention(prefix, leaf(2, 65, 3, 1, 16, scale=8.0))
+    assert_attention(prefix, leaf(2, 65, 3, 1, 16, scale=8.0))
 
 
 def test_attention_does_not_see_the_future():
@@ -159,6 +159,10 @@ PATCH_CASES = [  # voxels, dtype of the product, shape, P, S, C, ordered, with a
 
 @pytest.mark.parametrize("kind, dtype, shape, P, S, C, ordered, begins", PATCH_CASES)
 def test_patches(kind, dtype, shape, P, S, C, ordered, begins):
+    assert_patches(kind, dtype, shape, P, S, C, ordered, begins)
+
+
+def assert_patches(kind, dtype, shape, P, S, C, ordered, begins):
     """Tokens and loss, and each of their gradients."""
     volume, ranges = scans(2, shape, kind, S)
     G = volume[0].numel() // P**3
@@ -173,13 +177,13 @@ def test_patches(kind, dtype, shape, P, S, C, ordered, begins):
         tokens = fused.embed(source, *weights[:2], table, count, *weights[2:])
     assert tokens.dtype == torch.float32 and tokens.shape == (2, count + begins, C)
     exact_tokens = plain.embed(patches, *exact[:2], table, count, *exact[2:])
-    close(tokens, exact_tokens, dtype, "tokens")
+    assert_close(tokens, exact_tokens, dtype, "tokens")
     dtokens = torch.randn_like(tokens)
     grads = torch.autograd.grad(tokens, weights, dtokens)
     exact_grads = torch.autograd.grad(exact_tokens, exact, dtokens.double())
     for name, grad, exact_grad in zip(("weight", "bias", "begin"), grads, exact_grads):
         assert grad.dtype == torch.float32
-        close(grad, exact_grad, dtype, name)
+        assert_close(grad, exact_grad, dtype, name)
 
     pred, derrors = leaf(2, G, P**3, dtype=dtype), torch.randn(2, G, device=DEVICE)
     exact = doubled(pred)
@@ -189,8 +193,8 @@ def test_patches(kind, dtype, shape, P, S, C, ordered, begins):
     exact_errors = plain.loss(exact, patches, prefix)
     (exact_grad,) = torch.autograd.grad(exact_errors, exact, derrors.double())
     assert errors.dtype == torch.float32 and grad.dtype == dtype
-    close(errors, exact_errors, torch.float32, "errors")
-    close(grad, exact_grad, dtype, "gradient of the prediction")
+    assert_close(errors, exact_errors, torch.float32, "errors")
+    assert_close(grad, exact_grad, dtype, "gradient of the prediction")
     if begins:
         assert errors[0, : G - 1].eq(0).all() and grad[0, : G - 1].eq(0).all()
 
@@ -212,16 +216,6 @@ def test_both_paths_have_the_same_types_at_their_borders():
         kinds.append([t.dtype for t in (tokens, seen, stream, pred, errors)])
     half, full = torch.float16, torch.float32
     assert kinds == [[full, half, full, half, full]] * 2
-
-
-def test_weight_gradient_of_many_rows():
-    """The first 15 of 16 patches of 20 samples."""
-    volume, ranges = scans(20, (8, 8, 16), torch.int16, 4)
-    weight, bias, table = leaf(20, 64), leaf(20), torch.randn(16, 20, device=DEVICE)
-    tokens = fused.embed(fused.read(volume, ranges, 4), weight, bias, table, 15)
-    (grad,) = torch.autograd.grad(tokens.sum(), weight)
-    exact = plain.read(volume, ranges, 4)[:, :15].double().sum((0, 1)).expand(20, 64)
-    close(grad, exact, torch.float32, "weight")
 
 
 def test_voxels_are_mapped_as_plain_maps_them_to_the_bit():
@@ -283,10 +277,10 @@ def test_model_with_kernels_is_the_model_and_compiles_as_one_graph(order, target
     steps.append(step())
     for exact, *others in zip(*steps, strict=True):
         for ours in others:
-            close(ours, exact.double(), torch.float32, "triton, compiled")
+            assert_close(ours, exact.double(), torch.float32, "triton, compiled")
     scan = batch[0], batch[2]
     last, exact = model.encode(*scan)[0], model.use("torch").encode(*scan)[0]
-    close(last, exact.double(), torch.float32, "features")
+    assert_close(last, exact.double(), torch.float32, "features")
 
 
 # ---- choice and bench ------------------------------------------------------------------------
@@ -326,8 +320,8 @@ def test_published_way_is_the_same_mathematics():
     for module in (model, *model.blocks):
         module.ops = ops
     theirs, their_pred = model(plain.to_unit(volume, ranges), prefix)
-    close(their_pred, pred.double(), torch.float32, "pred")
-    close(theirs, loss.double(), torch.float32, "loss")
+    assert_close(their_pred, pred.double(), torch.float32, "pred")
+    assert_close(theirs, loss.double(), torch.float32, "loss")
 
 
 def test_bench_writes_its_table_and_figure(tmp_path, monkeypatch, capsys):
@@ -341,6 +335,16 @@ def test_bench_writes_its_table_and_figure(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "attention.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "sequences/s" in out and "not timed" not in out
+
+
+def test_first_hour_runs_its_commands_and_keeps_what_they_say(tmp_path, monkeypatch):
+    hour = {"says": "-c print('hello',flush=True)", "fails": "-c 1/0", "steps": "-c pass --steps"}
+    monkeypatch.setattr(bench, "HOUR", hour)
+    monkeypatch.setattr(sys, "argv", ["bench", "--first-hour", "--out", str(tmp_path / "new")])
+    bench.main()
+    told = (tmp_path / "new/first-hour.md").read_text()
+    assert "| says | 0 |" in told and "| fails | 1 |" in told and "| steps | 0 |" in told
+    assert "### says\n\n```\nhello\n```" in told and "ZeroDivisionError" in told
 
 
 # ---- what the compiler makes of the shipped tiles --------------------------------------------
@@ -477,14 +481,14 @@ GPU_CASES = [
 @KINDS
 @pytest.mark.parametrize("N, D", GPU_CASES)
 def test_gpu_attention(N, D, dtype):
-    check_attention([0, 1, N // 2, N], leaf(4, N, 3, 3, D, dtype=dtype))
+    assert_attention([0, 1, N // 2, N], leaf(4, N, 3, 3, D, dtype=dtype))
 
 
 @pytest.mark.gpu
 @KINDS
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.bfloat16])
 def test_gpu_patches(kind, dtype):
-    test_patches(kind, dtype, (64, 64, 64), 16, 4, 768, True, True)
+    assert_patches(kind, dtype, (64, 64, 64), 16, 4, 768, True, True)
 
 
 @pytest.mark.gpu

@@ -256,6 +256,7 @@ def test_bench_prints_what_it_should(script):
 
 def test_a_plan_counts_what_a_run_would_take(args, capsys):
     args.plan, args.size, args.volume, args.batch, args.steps = "8xH100", "base", 128, 288, 1000
+    args.micro = None
     model = Model(Config(**SIZES["base"]))
     pretrain.plan(model, 512, args, setup(args))
     said = capsys.readouterr().out

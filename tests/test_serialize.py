@@ -483,7 +483,7 @@ def test_inspect_draws_and_bench_counts(run, corpus, capsys, monkeypatch):
     told = capsys.readouterr().out
     for kind, scans in zip(KINDS, (3, 8, 4)):
         assert re.search(rf"{kind}: +1 samples/s.* {scans} scans\n +\d+/s handed over by", told)
-    assert "an H100 at 40 % of 989 TFLOP/s would take" in told
+    assert "an H100 at 396 TFLOP/s would take" in told
     assert not Path(told.split("\n")[0].split()[-1]).exists()
 
 
