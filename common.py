@@ -65,6 +65,11 @@ def cli(main):
         sys.exit(1)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        # DDP holds the group's threads: one that lets a tensor go while the interpreter is taken
+        # down would abort the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ---- files -----------------------------------------------------------------------------------
