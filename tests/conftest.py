@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 # The tests mean the CPU, where Triton's kernels run in its interpreter. Those of a GPU are asked
-# for: python -m pytest -m gpu tests. Both are said before PyTorch and Triton are imported.
-if not {"-m", "gpu"} <= {*sys.argv}:
+# for: python -m pytest -m gpu tests (xdist's processes inherit the answer). Threads cost more than
+# they bring on tensors this small, far more where cores are shared. All this is said before
+# PyTorch and Triton are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ and not {"-m", "gpu"} <= {*sys.argv}:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 import torch
@@ -35,15 +38,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skipif(True, reason="needs a CUDA device"))
 
 
-@pytest.fixture
-def one_thread():
-    """Threads cost more than they bring on tensors this small, more where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def phantom_home(tmp_path_factory):
     """A folder with data/phantom/{amos,brats,deeplesion,corpus}, as pretrain.py makes it."""
@@ -68,13 +62,12 @@ def script(phantom_home):
     """script("pretrain.py", "--steps", 3, …) in the phantom's folder, by torchrun if ranks > 1."""
 
     def run(name, *flags, ranks=1, code=0, popen=False):
-        command, env = [sys.executable], dict(os.environ)
+        command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--rdzv_backend=c10d"]
             command += [f"--nproc_per_node={ranks}", "--rdzv_endpoint=127.0.0.1:0"]
-            env["OMP_NUM_THREADS"] = "1"
         command += [str(ROOT / name), *map(str, flags)]
-        start = {"args": command, "cwd": phantom_home, "env": env, "text": True}
+        start = {"args": command, "cwd": phantom_home, "text": True}
         if popen:
             start |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             return subprocess.Popen(**start, start_new_session=True)

@@ -18,7 +18,6 @@ from finetune_seg import SEGMENTER, Segmenter
 from model import Config, Model, checkpoint_state, standardise, unpatchify
 from serialize import Sequences
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Config(width=24, layers=2, heads=2, patch=8)
 CLASSES = ["ball", "box"]
 

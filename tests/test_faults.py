@@ -24,8 +24,6 @@ RUN = ["--size", "nano", "--volume", 16, "--stride", 1, "--batch", 4, "--val-sam
 RUN += ["--dtype", "fp32", "--device", "cpu", "--log-every", 1, "--val-every", 5000]
 RUN += ["--steps", STEPS]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---- runs, and what is seen of them from outside ----
 
@@ -45,7 +43,7 @@ def start(home, *flags, ranks=1, restarts=0, limit=""):
     if limit:
         command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": home}
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+    return subprocess.Popen(command, **how)
 
 
 def end(process, code=0, seconds=120):

@@ -41,7 +41,6 @@ from finetune_seg import (
 )
 from model import SIZES, Config, Model, checkpoint_state
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--preset=nano", "--roi=16", "--batch=2", "--steps=6", "--val-every=3", "--log-every=1"]
 SMALL += ["--init=scratch", "--dtype=fp32", "--workers=0", "--device=cpu"]
 SMALL += ["--spacing", 1, 1, 1, "--range", 0, 100, "--classes", "ball", "box"]

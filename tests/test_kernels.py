@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 @pytest.fixture(autouse=True)
-def poison(one_thread):
+def poison():
     """In this mode PyTorch fills with NaN what is allocated, until a kernel writes it."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)

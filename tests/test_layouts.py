@@ -17,7 +17,6 @@ from common import BadInput
 from finetune_seg import find_cases, read_case
 from serialize import CONTRASTS, build, collect
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = {"workers": 0, "say": lambda *words: None}
 MACHINE = SimpleNamespace(say=QUIET["say"])
 

@@ -463,7 +463,7 @@ def test_the_mix_is_what_is_drawn(corpus):
 
 
 @pytest.fixture
-def run(monkeypatch, one_thread):
+def run(monkeypatch):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["serialize.py", *map(str, flags)])
         serialize.main()

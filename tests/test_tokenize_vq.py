@@ -232,7 +232,6 @@ def a_quantiser():
 
 def one_of_two(rank, folder, home):
     """A rank's part: a step of the codes, steps that revive some, a whole run and one in halves."""
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     meet = f"file://{folder}/meet"
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
