@@ -51,10 +51,12 @@ def cli(main):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except BadInput as e:
+    except (BadInput, torch.OutOfMemoryError) as e:
         rank = int(os.environ.get("RANK", "0"))
         prefix = f"error (rank {rank})" if rank else "error"
         words = str(e)[:4000].replace("\n", " ")  # whatever the names and values in it
+        if not isinstance(e, BadInput):
+            words += " Take a smaller --micro (pretrain.py: or --recompute)"
         print(f"{prefix}: {words}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -300,6 +300,7 @@ def main():
     args, state = resumed(p, args, args.out, SEGMENTER)
     out = Path(args.out)
     machine = setup(args)
+    torch.backends.cudnn.benchmark = machine.cuda  # crops and windows have one shape
     setting = settle(args, machine)
 
     # data

@@ -196,6 +196,8 @@ def main():
             model = Model(config)
         return plan(model, G, args, machine)
     model = build(config, args, state, tokenizer, machine)
+    if machine.cuda:
+        check_memory(model, G, args, torch.cuda.mem_get_info(machine.device)[1])
     net = distribute(model, args, machine)
     encode = partial(codes_of, model, tokenizer)
     rates = {"lr": args.lr, "betas": (0.9, args.beta2), "weight_decay": args.wd}
@@ -529,8 +531,8 @@ def predicted_views(model, b, tokenizer, machine):
 # ---- bench and plan --------------------------------------------------------------------------
 
 
-def memory_of(model, G, args):
-    """Bytes on a GPU: 16 a weight (it, its gradient, AdamW's moments), and a pass of args.micro.
+def memory_of(model, G, args, micro):
+    """Bytes on a GPU: 16 a weight (it, its gradient, AdamW's moments), and a pass of `micro`.
 
     36 bytes a channel, token and block were counted in the code that Inductor generates for bf16
     with the kernels (10.7 GiB of ViT-B, 31.8 of ViT-L, 72 sequences); 4 are the residual stream,
@@ -538,8 +540,22 @@ def memory_of(model, G, args):
     """
     c = model.config
     blocks = 36 + 4 * c.layers if args.recompute else 36 * c.layers
-    pass_ = args.micro * G * (blocks * c.width + 6 * c.outputs) + 4 * args.micro * args.volume**3
-    return 16 * sum(w.numel() for w in model.parameters()) + pass_
+    sequence = G * (blocks * c.width + 6 * c.outputs) + 4 * args.volume**3
+    return 16 * sum(w.numel() for w in model.parameters()) + micro * sequence
+
+
+def check_memory(model, G, args, have):
+    """BadInput, saying what would fit, where a pass cannot fit in `have` bytes."""
+    fixed, need = (memory_of(model, G, args, micro) for micro in (0, args.micro))
+    if need > have:
+        fits = int(args.micro * (have - fixed) / (need - fixed))
+        remedy = (
+            f"--micro {fits}, or --recompute" if fits > 0 else "--recompute or a smaller --size"
+        )
+        raise BadInput(
+            f"--micro {args.micro}: a pass takes about {need / 2**30:.0f} GiB, the GPU has "
+            f"{have / 2**30:.0f}: {remedy}"
+        )
 
 
 def plan(model, G, args, machine):
@@ -565,7 +581,7 @@ def plan(model, G, args, machine):
         f"{args.steps * flops:.3g} FLOP\n"
         f"compute     {args.steps * seconds / 3600:8.1f} hours at {USE:.0%} of {count} x "
         f"{SHEETS[kind] / 1e12:.0f} TFLOP/s (data sheet; the share is hoped for, not measured)\n"
-        f"memory      {memory_of(model, G, args) / 2**30:8.1f} GiB a GPU in passes of {args.micro} "
+        f"memory      {memory_of(model, G, args, args.micro) / 2**30:8.1f} GiB a GPU in passes of {args.micro} "
         "(counted, not measured)\n"
         f"loader      {2 * args.volume**3 * sequences / 1e9:8.1f} GB/s and {sequences:.0f} "
         f"sequences/s a GPU at that pace"

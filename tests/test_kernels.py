@@ -351,6 +351,9 @@ def test_first_hour_runs_its_commands_and_keeps_what_they_say(tmp_path, monkeypa
 
 # bytes a program may have; 80 stands in for the smaller 8.6 and 8.9 too
 SHARED = {80: 101376, 90: 232448, 100: 232448, 120: 101376}
+PRODUCTS = "forward_kernel", "backward_kv_kernel", "backward_q_kernel", "embed_kernel"
+# integer divisions a kernel may have, for the addresses of patches; 2 elsewhere
+DIVISIONS = {"embed_kernel": 48, "unfold_kernel": 8, "loss_kernel": 8, "loss_backward_kernel": 8}
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -427,7 +430,7 @@ def gate_jobs(quick):
 
 
 def compile_one(job):
-    """-> label, registers, spilled bytes, shared memory."""
+    """-> label, registers, spilled bytes, shared memory; in the PTX wgmma, mma, integer divisions."""
     module, name, signature, constants, aligned, options, arch, label = job
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -443,7 +446,9 @@ def compile_one(job):
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
     )
-    return label, registers, stack + local, compiled.metadata.shared
+    words = r"wgmma\.mma_async", r"\smma\.sync", r"\s(?:div|rem)\.[su]\d"
+    counts = [len(re.findall(word, compiled.asm["ptx"])) for word in words]
+    return label, registers, stack + local, compiled.metadata.shared, *counts
 
 
 def test_kernels_neither_spill_nor_lack_shared_memory_on_gpus_that_are_not_here(
@@ -454,10 +459,15 @@ def test_kernels_neither_spill_nor_lack_shared_memory_on_gpus_that_are_not_here(
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # in the processes that compile
     bad = []
     with ProcessPoolExecutor(cores(), get_context("spawn")) as pool:
-        for job, (label, registers, spilled, shared) in zip(jobs, pool.map(compile_one, jobs)):
-            line = f"{label:<70} {registers} registers {spilled} B spilled {shared} B shared"
+        for job, facts in zip(jobs, pool.map(compile_one, jobs)):
+            label, registers, spilled, shared, wgmma, mma, divisions = facts
+            line = f"{label:<70} {registers} registers {spilled} B spilled {shared} B shared "
+            line += f"{wgmma} wgmma {mma} mma {divisions} divisions"
             print(line)
-            if spilled or shared > SHARED[job[-2]]:
+            faults = [spilled, shared > SHARED[job[-2]], divisions > DIVISIONS.get(job[1], 2)]
+            if job[1] in PRODUCTS and "sm_90" in label and "fp32" not in label:
+                faults += [mma, not wgmma]
+            if any(faults):
                 bad.append(line)
     assert not bad, "\n".join(bad)
 

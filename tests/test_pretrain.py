@@ -264,11 +264,19 @@ def test_a_plan_counts_what_a_run_would_take(args, capsys):
     seconds = 288 * model.flops([128] * 3) / (0.4 * 8 * 989e12)
     assert f"{1000 * seconds / 3600:8.1f} hours" in said and "in passes of 36" in said
     assert f"{2 * 128**3 * 36 / seconds / 1e9:8.1f} GB/s" in said
-    args.micro = 72  # what was counted in Inductor's code: 10.7 GiB kept for the backward pass
+    # what was counted in Inductor's code: 10.7 GiB kept for the backward pass
     weights = 16 * sum(w.numel() for w in model.parameters())
-    assert 10.7 < (pretrain.memory_of(model, 512, args) - weights) / 2**30 < 14
+    assert 10.7 < (pretrain.memory_of(model, 512, args, 72) - weights) / 2**30 < 14
+    args.micro = 72
+    pretrain.check_memory(model, 512, args, 16 << 30)
+    fits, over = (pretrain.memory_of(model, 512, args, micro) for micro in (37, 38))
+    assert fits < 8 << 30 < over
+    with pytest.raises(BadInput, match="--micro 72: .* 14 GiB, the GPU has 8: --micro 37, or"):
+        pretrain.check_memory(model, 512, args, 8 << 30)
+    with pytest.raises(BadInput, match="the GPU has 1: --recompute or a smaller --size"):
+        pretrain.check_memory(model, 512, args, 1 << 30)
     args.recompute = True
-    assert (pretrain.memory_of(model, 512, args) - weights) / 2**30 < 4
+    assert (pretrain.memory_of(model, 512, args, 72) - weights) / 2**30 < 4
     for wrong in ("H100", "8xV100", "0xH100"):
         args.plan = wrong
         with pytest.raises(BadInput, match=f"--plan {wrong}: a number and a kind"):
