@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,17 +29,13 @@ RUN += ["--steps", STEPS]
 # ---- runs, and what is seen of them from outside ----
 
 
-def start(home, *flags, ranks=1, restarts=0, limit=""):
+def start(home, *flags, ranks=1, restarts=0, limit="", nodes=1, port=0):
     """pretrain.py in a process of its own (torchrun, if ranks > 1), which a test may harm."""
     command = [sys.executable]
     if ranks > 1:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            "--rdzv_backend=c10d",
-            f"--nproc_per_node={ranks}",
-        ]
-        command += ["--rdzv_endpoint=127.0.0.1:0", f"--max-restarts={restarts}"]
+        command += ["-m", "torch.distributed.run", "--rdzv_backend=c10d", f"--nnodes={nodes}"]
+        command += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+        command += [f"--rdzv_endpoint=127.0.0.1:{port}"]
     command += [str(ROOT / "pretrain.py"), *map(str, flags)]
     if limit:
         command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
@@ -58,6 +55,10 @@ def end(process, code=0, seconds=120):
 
 def steps_of(out):
     return [row["step"] for row in read_log(out / "log.jsonl") if "loss" in row]
+
+
+def losses_of(out):
+    return [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row]
 
 
 def await_step(process, out, step=4):
@@ -184,6 +185,46 @@ def test_a_killed_rank_is_started_again_and_goes_on_by_itself(phantom_home, whol
     assert steps_of(out) == list(range(1, STEPS + 1))
     rows = [[r for r in log if r["step"] <= 3] for log in (before, read_log(out / "log.jsonl"))]
     assert rows[0] == rows[1]  # by their clocks, too
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+def test_with_the_defaults_of_a_gpu_any_number_of_ranks_goes_on(phantom_home, whole, tmp_path):
+    """Compiled, fed by processes, the batch's shares uneven on three ranks: one run."""
+    flags = ["--compile", "--workers", 2, "--out", tmp_path]
+    process = start(phantom_home, *RUN, *flags, ranks=2)
+    await_step(process, tmp_path)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert len(steps_of(tmp_path)) < STEPS // 2
+    end(start(phantom_home, "--resume", *flags, "--stop-after", STEPS // 2), seconds=300)
+    end(start(phantom_home, "--resume", *flags, ranks=3), seconds=300)
+    assert steps_of(tmp_path) == list(range(1, STEPS + 1))
+    assert losses_of(tmp_path) == pytest.approx(losses_of(whole), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_is_waited_for(phantom_home, tmp_path, monkeypatch):
+    """Two agents of two ranks each, as README's command starts them; one is killed, another comes."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--resume", *RUN, "--steps", 300, "--save-every", 0.02, "--out", tmp_path]
+    node = {"ranks": 2, "nodes": 2, "restarts": 3, "port": port}
+    first = start(phantom_home, *flags, **node)  # the meeting place is with it
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.1)
+    second = start(phantom_home, *flags, **node)
+    await_step(first, tmp_path, 20)
+    for pid in (second.pid, *below(second.pid)):
+        os.kill(pid, signal.SIGKILL)
+    second.wait()
+    assert len(steps_of(tmp_path)) < 300
+    third = start(phantom_home, *flags, **node)
+    end(third, seconds=300)
+    end(first, seconds=300)
+    assert steps_of(tmp_path) == list(range(1, 301))
 
 
 def test_a_killed_loader_process_ends_the_run_which_then_goes_on(phantom_home, whole, tmp_path):
