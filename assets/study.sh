@@ -15,6 +15,7 @@ LABELS=${LABELS:-0.1}        # shares of the 80: 0.1 is 8 labels; or files with 
 DECODERS=${DECODERS:-light}  # light: what the encoder knows; unetr: published
 STEPS=${STEPS:-1500}         # of pre-training
 TUNE=${TUNE:-400}            # of fine-tuning
+SHORT=${SHORT:-500}          # of pre-training, in the ablations
 GRID="--spacing 1.25 1.25 1.25"
 
 part() {  # part RESULT COMMAND…: run it where there is no RESULT yet, and say how long it took
@@ -37,6 +38,15 @@ for stride in 16 4; do
     --layer all --tasks la $GRID --out out/la/probe-$stride
 done
 
+tune() {  # tune RUN SEED LABELS DECODER STEPS FLAG…: fine-tune, then score on the scans' own grid
+  local run=$1 seed=$2 labels=$3 decoder=$4 steps=$5
+  shift 5
+  part "$run/metrics.json" python finetune_seg.py --task la --preset nano $GRID \
+    --labels "$labels" --decoder "$decoder" --steps "$steps" --val-every "$steps" \
+    --seed "$seed" --out "$run" "$@"
+  part "$run/eval-seg/metrics.json" python eval.py seg --ckpt "$run/ckpt.pt"
+}
+
 # from scratch, a random encoder that stays as it is, and both pre-trained ones
 for seed in $SEEDS; do
   for labels in $LABELS; do
@@ -48,14 +58,35 @@ for seed in $SEEDS; do
           *) init="--init out/la/$arm/ckpt.pt --layer-decay 0.75" ;;
         esac
         run=out/la/$decoder-$(basename "$labels")/$arm-$seed
-        part "$run/metrics.json" python finetune_seg.py --task la --preset nano \
-          $GRID --labels "$labels" --decoder "$decoder" $init \
-          --steps "$TUNE" --val-every "$TUNE" --seed "$seed" --out "$run"
-        part "$run/eval-seg/metrics.json" python eval.py seg --ckpt "$run/ckpt.pt"
+        tune "$run" "$seed" "$labels" "$decoder" "$TUNE" $init
       done
     done
   done
 done
+
+# the ablations: short pre-training, one thing changed, then a decoder on the frozen encoder
+part out/la/codes/metrics.json python tokenize_vq.py --size nano --data data/corpus-la \
+  --stride 16 --out out/la/codes
+for arm in plain causal image overlap codes random; do
+  how="--stride 16"
+  case $arm in
+    causal) how+=" --attention causal" ;;
+    image) how+=" --order image" ;;
+    overlap) how="--stride 4" ;;
+    codes) how+=" --target vq --tokenizer out/la/codes/ckpt.pt" ;;
+  esac
+  init=out/la/short-$arm/ckpt.pt
+  if [ $arm = random ]; then
+    init=scratch:nano
+  else
+    part out/la/short-$arm/metrics.json python pretrain.py --data data/corpus-la --size nano \
+      $how --steps "$SHORT" --val-every 250 --out out/la/short-$arm
+  fi
+  for seed in $SEEDS; do
+    tune out/la/ablations-0.1/$arm-$seed "$seed" 0.1 light 200 --freeze --init $init
+  done
+done
+
 for folder in out/la/*-*/; do
   if compgen -G "$folder*/metrics.json" > /dev/null && [ ! -e "$folder/metrics.json" ]; then
     python eval.py table "$folder" --out "$folder/table"
