@@ -581,8 +581,8 @@ def plan(model, G, args, machine):
         f"{args.steps * flops:.3g} FLOP\n"
         f"compute     {args.steps * seconds / 3600:8.1f} hours at {USE:.0%} of {count} x "
         f"{SHEETS[kind] / 1e12:.0f} TFLOP/s (data sheet; the share is hoped for, not measured)\n"
-        f"memory      {memory_of(model, G, args, args.micro) / 2**30:8.1f} GiB a GPU in passes of {args.micro} "
-        "(counted, not measured)\n"
+        f"memory      {memory_of(model, G, args, args.micro) / 2**30:8.1f} GiB a GPU in passes of "
+        f"{args.micro} (counted, not measured)\n"
         f"loader      {2 * args.volume**3 * sequences / 1e9:8.1f} GB/s and {sequences:.0f} "
         f"sequences/s a GPU at that pace"
         + (f"; a core here draws {supply:.0f}/s (measured)" if supply else "")

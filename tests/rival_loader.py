@@ -1,6 +1,6 @@
 """Our loader and PyTorch's DataLoader on one corpus, in turn: sequences of 128³ a second.
 
-    python tests/rival_loader.py               # of noise in full size: three minutes, 0.7 GB of disk
+    python tests/rival_loader.py               # noise in full size: three minutes, 0.7 GB of disk
 
 Each has a process a core and batches of 12, handed over in the memory of the CPU. What both read is
 the same data set of today, so that what is compared is the way from a worker to the training loop.

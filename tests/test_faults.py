@@ -205,7 +205,7 @@ def test_with_the_defaults_of_a_gpu_any_number_of_ranks_goes_on(phantom_home, wh
 
 @pytest.mark.slow
 def test_a_node_that_dies_is_waited_for(phantom_home, tmp_path, monkeypatch):
-    """Two agents of two ranks each, as README's command starts them; one is killed, another comes."""
+    """Two agents of two ranks each, as in README's command; one is killed, another comes."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -431,7 +431,7 @@ def gate_jobs(quick):
 
 
 def compile_one(job):
-    """-> label, registers, spilled bytes, shared memory; in the PTX wgmma, mma, integer divisions."""
+    """-> label, registers, spilled bytes, shared memory; wgmma, mma, integer divisions."""
     module, name, signature, constants, aligned, options, arch, label = job
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
