@@ -46,7 +46,9 @@ class BadInput(ValueError):
 
 
 def cli(main):
-    """Run a script's main(): BadInput is one line and exit code 2, Ctrl-C one line and 130."""
+    """Run a script's main(): one line and exit code 2 for BadInput and a GPU's full memory, 130 for
+    Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):  # file names may hold any byte
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -56,7 +58,7 @@ def cli(main):
         prefix = f"error (rank {rank})" if rank else "error"
         words = str(e)[:4000].replace("\n", " ")  # whatever the names and values in it
         if not isinstance(e, BadInput):
-            words += " Take a smaller --micro (pretrain.py: or --recompute)"
+            words += " A smaller --micro takes less, --recompute (pretrain.py) too"
         print(f"{prefix}: {words}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

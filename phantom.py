@@ -24,7 +24,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from numpy.polynomial import polynomial
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial.transform import Rotation
 
@@ -205,9 +204,8 @@ def ball(centre, radii, turn=(0, 0, 0)):
 
 def tube(points, radius):
     """Bent tube through two or three `points` (a parabola), out of balls."""
-    bend = polynomial.polyfit(np.linspace(0, 1, len(points)), points, len(points) - 1)
-    path = polynomial.polyval(np.linspace(0, 1, 50), bend).T  # [50, 3]
-    return [(at, np.full(3, radius), np.eye(3)) for at in path]
+    bend = np.polyfit(np.linspace(0, 1, len(points)), points, len(points) - 1)
+    return [(np.polyval(bend, t), np.full(3, radius), np.eye(3)) for t in np.linspace(0, 1, 50)]
 
 
 def column(v):

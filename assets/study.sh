@@ -75,15 +75,15 @@ for arm in plain causal image overlap codes random; do
     overlap) how="--stride 4" ;;
     codes) how+=" --target vq --tokenizer out/la/codes/ckpt.pt" ;;
   esac
-  init=out/la/short-$arm/ckpt.pt
+  encoder=out/la/short-$arm/ckpt.pt
   if [ $arm = random ]; then
-    init=scratch:nano
+    encoder=scratch:nano
   else
     part out/la/short-$arm/metrics.json python pretrain.py --data data/corpus-la --size nano \
       $how --steps "$SHORT" --val-every 250 --out out/la/short-$arm
   fi
   for seed in $SEEDS; do
-    tune out/la/ablations-0.1/$arm-$seed "$seed" 0.1 light 200 --freeze --init $init
+    tune out/la/ablations-0.1/$arm-$seed "$seed" 0.1 light 200 --freeze --init $encoder
   done
 done
 

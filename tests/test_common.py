@@ -17,6 +17,7 @@ from common import (
     Log,
     Loop,
     batches,
+    cli,
     cosine_lr,
     load_checkpoint,
     micro_batches,
@@ -329,6 +330,29 @@ def test_a_restarted_rank_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     args, state = resumed(parser, args, tmp_path, "x")
     assert state is not None and args.lr == 3.0
+
+
+def test_a_full_gpu_is_one_line(capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
+
+    with pytest.raises(SystemExit) as ended:
+        cli(full)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: CUDA out of memory. Tried") and "--micro" in said
+
+
+def test_a_process_of_a_group_leaves_before_the_interpreter_is_taken_down(tmp_path):
+    script = tmp_path / "one.py"
+    script.write_text(
+        f"import atexit, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport common\n"
+        f"meet = 'file://{tmp_path}/meet'\n"
+        "common.dist.init_process_group('gloo', init_method=meet, rank=0, world_size=1)\n"
+        "atexit.register(print, 'taken down')\ncommon.cli(lambda: print('done'))\n"
+    )
+    run = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+    assert run.stdout == "done\n"
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):

@@ -466,7 +466,8 @@ def test_kernels_neither_spill_nor_lack_shared_memory_on_gpus_that_are_not_here(
             line += f"{wgmma} wgmma {mma} mma {divisions} divisions"
             print(line)
             faults = [spilled, shared > SHARED[job[-2]], divisions > DIVISIONS.get(job[1], 2)]
-            if job[1] in PRODUCTS and "sm_90" in label and "fp32" not in label:
+            halves = "to fp32" not in label and "fp32 D" not in label
+            if job[1] in PRODUCTS and "sm_90" in label and halves:
                 faults += [mma, not wgmma]
             if any(faults):
                 bad.append(line)
