@@ -353,7 +353,7 @@ def test_first_hour_runs_its_commands_and_keeps_what_they_say(tmp_path, monkeypa
 SHARED = {80: 101376, 90: 232448, 100: 232448, 120: 101376}
 PRODUCTS = "forward_kernel", "backward_kv_kernel", "backward_q_kernel", "embed_kernel"
 # integer divisions a kernel may have, for the addresses of patches; 2 elsewhere
-DIVISIONS = {"embed_kernel": 48}
+DIVISIONS = {"embed_kernel": 42}
 DIVISIONS |= dict.fromkeys(("unfold_kernel", "loss_kernel", "loss_backward_kernel"), 20)
 TYPES = {
     torch.float32: "fp32",
