@@ -886,7 +886,8 @@ def draw_cases(path, cases, probs, classes):
     """The six surest right and, below, the six surest wrong decisions: three planes of each."""
     labels, decided = column(cases, "label"), probs.argmax(1)
     order = np.argsort(-probs.max(1))
-    fig, axes = figure_of((13, 14.5), 6, 6)
+    fig, axes = figure_of((13, 15), 6, 6)
+    fig.subplots_adjust(hspace=0.26)  # room for two lines
     for ax in axes.flat:
         ax.axis("off")
     for rows, mask in zip(np.split(axes, 2), (decided == labels, decided != labels)):
