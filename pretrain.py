@@ -90,7 +90,7 @@ RECIPES = {  # what a flag that was not given stands for, and what has no flag
     },
     "nano": {
         "volume": 64,
-        "stride": 4,
+        "stride": 16,  # side by side
         "mix": "equal",
         "steps": 230,
         "batch": 8,

@@ -144,7 +144,7 @@ def sequence_flags(p):
     g = p.add_argument_group("sequences")
     g.add_argument("--data", help="corpus (default data/corpus; without one, the phantom's)")
     g.add_argument("--volume", type=int, help="edge in voxels (default 128; nano 64)")
-    words = "slices between slabs of a spatial sequence (default 8; nano 4)"
+    words = "slices between slabs (published: 8; nano 16: copies nothing, +0.014 Dice, README)"
     g.add_argument("--stride", type=int, help=words)
     words = "published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1"
     g.add_argument("--mix", help=words)
@@ -1071,10 +1071,11 @@ class Sequences(torch.utils.data.Dataset):
             raise BadInput(f"volume {size} does not divide into {images} sub-images")
         self.root, self.size, self.images, self.stride = Path(corpus), size, images, stride
         self.depth = size // images
-        if not 1 <= stride <= (size - self.depth) // max(1, images - 1):
+        most = (size - self.depth) // max(1, images - 1)
+        if not 1 <= stride <= most:
             raise BadInput(
                 f"--stride {stride}: {images} slabs of {self.depth} slices reach beyond a crop "
-                f"of {size}"
+                f"of {size}; at most {most}"
             )
         self.seed = [seed, SPLITS.index(split)]
         rows = [r for r in read_index(corpus) if r["split"] == split]

@@ -82,7 +82,7 @@ RECIPES = {  # what a flag that was not given stands for, and what has no flag
         "width": 128,
         "start_patches": 131_072,
         "volume": 64,
-        "stride": 4,
+        "stride": 16,
         "mix": "equal",
         "steps": 300,
         "batch": 8,
