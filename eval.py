@@ -129,7 +129,7 @@ from serialize import (
     intensity_range,
     lesion_crop,
     open_array,
-    read_index,
+    read_corpora,
     read_scan,
     save_like,
     scans_under,
@@ -641,15 +641,15 @@ def boxes_of(cases, roi, patch):
 
 def lesions(corpus, edge, depth, machine):
     """Classes and (volume, class, part) of a corpus' lesions, as in a semantic sequence."""
-    corpus = Path(find_corpus(machine, corpus))
-    rows = [r for r in read_index(corpus) if r["kind"] == "semantic"]
+    corpora = find_corpus(machine, corpus)
+    rows = [r for r in read_corpora(corpora) if r["kind"] == "semantic"]
     types = sorted({r["group"] for r in rows})
     held = sorted({r["patient"] for r in rows if r["split"] == "train"})[::4]
     if not types[1:]:
-        raise BadInput(f"{corpus}: two types of lesions are needed: --corpus, or other --tasks")
+        raise BadInput(f"{corpora[0]}: two types of lesions are needed: --corpus, or other --tasks")
 
     def item(row):
-        array = open_array(str(corpus / row["file"]), tuple(row["shape"]))
+        array = open_array(row["file"], tuple(row["shape"]))
         crop = lesion_crop(array, row, edge, depth)
         volume = to_unit(crop[None], torch.from_numpy(intensity_range(crop))[None, None])[0]
         part = TEST if row["split"] == "val" else HELD if row["patient"] in held else FIT
@@ -789,7 +789,7 @@ def pretrain(args, out):
     samples = [data[i] for i in range(args.samples * n)]  # the kinds in turn
     for b in DataLoader(samples, n * max(1, args.completions)):
         batches.append(to_device(b, machine.device))
-    machine.say(f"{args.data}: {args.samples} sequences of each kind, {G} patches")
+    machine.say(f"{', '.join(args.data)}: {args.samples} sequences of each kind, {G} patches")
     rows, curves, strips = [], {}, defaultdict(dict)
     for e in tqdm(QUARTERS, desc="next patch", leave=False):
         p, errors = G * e // 4, []

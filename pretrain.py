@@ -209,8 +209,8 @@ def main():
     args.data = find_corpus(machine, args.data)
     same = {"size": args.volume, "stride": args.stride, "seed": args.seed}
     train = Sequences(args.data, "train", mix=args.mix, **same)
-    val = Sequences(args.data, "val", **same)
-    machine.say(f"{args.data}: train {train.have}, val {val.have}, mix {args.mix}")
+    val = Sequences(train, "val", **same)
+    machine.say(f"{', '.join(args.data)}: train {train.have}, val {val.have}, mix {args.mix}")
     fill(args, {"steps": steps_of(train, args)})
     val_batches = validation_set(val, G, args, machine)
     rivals = find_rivals(model, tokenizer, encode, val_batches, G, machine)

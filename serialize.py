@@ -142,7 +142,8 @@ def set_largest(text):
 def sequence_flags(p):
     """The flags of a stage that trains on a corpus: the group."""
     g = p.add_argument_group("sequences")
-    g.add_argument("--data", help="corpus (default data/corpus; without one, the phantom's)")
+    words = "corpora (default data/corpus; without one, the phantom's)"
+    g.add_argument("--data", nargs="+", help=words)
     g.add_argument("--volume", type=int, help="edge in voxels (default 128; nano 64)")
     words = "slices between slabs (published: 8; nano 16: copies nothing, +0.014 Dice, README)"
     g.add_argument("--stride", type=int, help=words)
@@ -203,7 +204,7 @@ def main():
                 args.out or folder, size=args.volume, stride=args.stride, seed=args.seed
             )
             if args.inspect:
-                inspect(data, args.patch, args.order)
+                inspect(data, args.patch, args.order, Path(args.out or folder))
             if args.bench:
                 bench(data)
 
@@ -822,8 +823,8 @@ def write_index(out, rows, name="index.jsonl"):
 
 def holds(corpus, row):
     """Whether the array of a row is there in full."""
-    file = Path(corpus) / row["file"]
-    return file.is_file() and file.stat().st_size >= 2 * math.prod(row["shape"])
+    file = os.path.join(corpus, row["file"])
+    return os.path.isfile(file) and os.path.getsize(file) >= 2 * math.prod(row["shape"])
 
 
 ROW = {"kind": str, "file": str, "patient": (str, int), "group": (str, int), "shape": [int]}
@@ -839,30 +840,50 @@ def is_row(r):
     return placed and right
 
 
-def read_index(corpus, name="index.jsonl", whole=True):
-    """The rows of a corpus; BadInput if there is none or (whole) if an array is not all there."""
+def read_index(corpus, name="index.jsonl", whole=True, keys=None):
+    """The rows of a corpus; BadInput if there is none or (whole) if an array is not all there.
+
+    keys: of what is in a row, what to keep (all).
+    """
     path = Path(corpus) / name
     if not path.is_file():
         raise BadInput(
             f"{corpus}: no corpus there (index.jsonl); build one: python serialize.py --phantom, "
             "or --spatial DIR"
         )
+    decode, rows, faulty = json.JSONDecoder(parse_constant=int).decode, [], []
     try:
-        rows = [json.loads(t, parse_constant=int) for t in path.read_text().splitlines()]
-        if not all(is_row(r) and (not whole or "split" in r) for r in rows):
-            raise ValueError
-        faulty = [r for r in rows if not holds(corpus, r)]
+        with open(path) as lines:
+            for r in map(decode, lines):
+                if not is_row(r) or whole and "split" not in r:
+                    raise ValueError
+                if whole and not holds(corpus, r):
+                    faulty.append(r["file"])
+                rows.append(r if keys is None else {k: r[k] for k in keys if k in r})
     except (ValueError, OSError, RecursionError):
         raise BadInput(
             f"{path}: not an index of serialize.py; delete it and build the corpus again"
         ) from None
-    if whole and faulty:
-        file = Path(corpus, faulty[0]["file"])
+    if faulty:
+        file = Path(corpus, faulty[0])
         raise BadInput(
             f"{file}: {'cut short' if file.is_file() else 'missing'}; delete {path} and build the "
             "corpus again"
         )
     return rows
+
+
+def read_corpora(folders):
+    """The rows of one or several corpora, with what a sequence needs; files with their folders.
+
+    Who validates in one corpus, or shares voxels with someone who does, is trained on in none.
+    """
+    folders, rows = [folders] if isinstance(folders, str | Path) else folders, []
+    for folder in folders:
+        for r in read_index(folder, keys=[*ROW, *MORE, "hash"]):
+            r["file"] = os.path.join(folder, r["file"])
+            rows.append(r)
+    return split_by_patient(rows, 0, 0) if len(folders) > 1 else rows
 
 
 # ---- checking and auditing -------------------------------------------------------------------
@@ -1000,7 +1021,7 @@ def split_by_patient(rows, val, seed, images=4):
     strata, owners = defaultdict(set), defaultdict(set)
     for r in rows:
         strata[r["kind"], r["kind"] == "semantic" and r["group"]].add(patient_key(r))
-        owners[r["hash"]].add(patient_key(r))
+        owners[r.get("hash") or r["file"]].add(patient_key(r))
     for (kind, _), patients in sorted(strata.items()):
         least = images if kind == "semantic" else 1
         wanted = max(least, round(val * len(patients))) if len(patients) >= 2 * least else 0
@@ -1064,12 +1085,13 @@ class Sequences(torch.utils.data.Dataset):
     mix: {kind: weight}, or what `parse_mix` takes, or None: the kinds in turn (to validate).
     stride: between the starts of successive slabs, voxels. depth: D. kinds: those it draws from.
     have: {kind: scans, patients, or lesion types with enough patients}.
+    corpus: a folder, several, or other Sequences, whose index is not read again.
     """
 
     def __init__(self, corpus, split="train", size=128, images=4, stride=8, mix=None, seed=0):
         if size % images:
             raise BadInput(f"volume {size} does not divide into {images} sub-images")
-        self.root, self.size, self.images, self.stride = Path(corpus), size, images, stride
+        self.size, self.images, self.stride = size, images, stride
         self.depth = size // images
         most = (size - self.depth) // max(1, images - 1)
         if not 1 <= stride <= most:
@@ -1078,7 +1100,8 @@ class Sequences(torch.utils.data.Dataset):
                 f"of {size}; at most {most}"
             )
         self.seed = [seed, SPLITS.index(split)]
-        rows = [r for r in read_index(corpus) if r["split"] == split]
+        self.index = corpus.index if isinstance(corpus, Sequences) else read_corpora(corpus)
+        rows = [r for r in self.index if r["split"] == split]
         self.rows = {k: [r for r in rows if r["kind"] == k] for k in KINDS}
         self.scans, contrasts, lesions = self.rows.values()
         self.cases = grouped(contrasts, "group")  # each in the order of CONTRASTS, as built
@@ -1115,10 +1138,9 @@ class Sequences(torch.utils.data.Dataset):
         return {"volume": room["volume"], "ranges": ranges, "kind": KINDS.index(kind)}
 
     def array(self, row):
-        path = str(self.root / row["file"])
-        if not holds(self.root, row):  # cut short under a run: reading on would kill the process
-            raise BadInput(f"{path}: cut short or removed since this run began")
-        return open_array(path, tuple(row["shape"]))
+        if not holds("", row):  # cut short under a run: reading on would kill the process
+            raise BadInput(f"{row['file']}: cut short or removed since this run began")
+        return open_array(row["file"], tuple(row["shape"]))
 
     # each draws S crops [X, Y, D] and says what their intensity ranges are of: one or each
 
@@ -1270,15 +1292,17 @@ def draw_strips(path, views, depth, numbers=None):
 
 
 def find_corpus(machine, named=None, before=None):
-    """The corpus `named`, else that of the run `before` if it is there, else data/corpus, else the
-    phantom's, made if need be. Every rank must call it: rank 0 decides while the others wait.
+    """The corpora `named`, else those of the run `before` if they are there, else data/corpus, else
+    the phantom's, made if need be: a list of folders. Every rank must call it: rank 0 decides while
+    the others wait.
     """
-    known = (c for c in (before, "data/corpus") if c and Path(c, "index.jsonl").exists())
-    corpus = named or next(known, None)
-    if machine.main and not corpus:
+    named, *known = ([c] if isinstance(c, str) else c for c in (named, before, "data/corpus"))
+    there = (c for c in known if c and all(Path(f, "index.jsonl").exists() for f in c))
+    corpora = named or next(there, None)
+    if machine.main and not corpora:
         machine.say("no corpus named and no data/corpus: made-up patients it is")
-        corpus = ensure_phantom(say=machine.say)
-    return str(machine.gather(corpus)[0])
+        corpora = [str(ensure_phantom(say=machine.say))]
+    return machine.gather(corpora)[0]
 
 
 def ensure_phantom(seed=0, workers=None, say=print):
@@ -1297,7 +1321,7 @@ def ensure_phantom(seed=0, workers=None, say=print):
 # ---- inspect ---------------------------------------------------------------------------------
 
 
-def inspect(data, patch, order):
+def inspect(data, patch, order, out):
     """Print the copyable share; draw a sequence of each kind, its patches numbered as tokens."""
     for stride in (data.size // 16, data.size // 4):
         tokens, voxels = copyable(data.size, patch, data.images, stride)
@@ -1311,7 +1335,7 @@ def inspect(data, patch, order):
     for n, kind in enumerate(data.kinds):
         volume = to_unit(data[n]["volume"][None], data[n]["ranges"][None])[0]
         views[kind] = {f"order {order}: place of each patch in the sequence": volume / 1.4}
-    path = data.root / "inspect.png"
+    path = out / "inspect.png"
     draw_strips(path, views, data.depth, numbers.view(g, g, g))
     print(f"drew {path}")
 
@@ -1357,12 +1381,12 @@ def bench(data):
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     keep_freed_memory()
     torch.set_num_threads(1)
-    print(f"{data.root}: {data.have}")
+    print(data.have)
     for kind in data.kinds:
         data.kinds = [kind]
         files = {r["file"]: tuple(r["shape"]) for r in data.rows[kind]}
         for file in files:  # into the page cache
-            (data.root / file).read_bytes()
+            Path(file).read_bytes()
         for n in range(4):
             data[n]
         ends = [time.perf_counter()]

@@ -161,8 +161,8 @@ def main():
     args.data = find_corpus(machine, args.data)
     same = {"size": args.volume, "stride": args.stride, "seed": args.seed}
     train = Sequences(args.data, mix=args.mix, **same)
-    val = Sequences(args.data, "val", **same)
-    machine.say(f"{args.data}: train {train.have}, val {val.have}, mix {args.mix}")
+    val = Sequences(train, "val", **same)
+    machine.say(f"{', '.join(args.data)}: train {train.have}, val {val.have}, mix {args.mix}")
     numbers = range(machine.rank, args.val_samples * len(val.kinds), machine.world)
     held_out = list(in_batches(val, numbers, "validation set", machine))
     config = TokenizerConfig(args.patch, args.codes, hidden=args.hidden, width=args.width)

@@ -271,6 +271,26 @@ def test_an_index_and_its_splits_by_patient(corpus):
     assert Sequences(corpus, "val", 64, 4, 4).have["semantic"] == 8
 
 
+def test_who_validates_in_one_of_several_corpora_trains_in_none(tmp_path):
+    def write(name, *rows):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "a.npy", np.full((8, 8, 8), ord(name), np.int16))
+        same = {"kind": "spatial", "file": "a.npy", "shape": [8, 8, 8], "group": ""}
+        rows = [{**same, "patient": p, "hash": h, "split": split} for p, h, split in rows]
+        serialize.write_index(tmp_path / name, rows)
+        return str(tmp_path / name)
+
+    a = write("a", ("p", 1, "val"), ("r", 4, "train"), ("s", 5, "train"))
+    # p again, his voxels as those of another, who has further scans, one as that of s
+    b = write("b", ("p", 2, "train"), ("q", 1, "train"), ("q", 5, "train"), ("t", 6, "train"))
+    train = Sequences([a, b], size=8, stride=2)
+    kept = [(r["patient"], r["file"]) for r in train.scans]
+    assert kept == [("r", f"{a}/a.npy"), ("t", f"{b}/a.npy")]
+    assert {int(train.array(r).max()) for r in train.scans} == {*b"ab"}
+    assert Sequences(train, "val", size=8, stride=2).have["spatial"] == 5
+    assert Sequences(a, size=8, stride=2).have["spatial"] == 2
+
+
 def test_a_split_stays_as_a_corpus_grows_and_is_one_for_a_scan_of_two_kinds():
     def rows(kind, n):
         names = [f"{kind}{i}" for i in range(n)]
@@ -311,13 +331,13 @@ def test_rank_0_finds_the_corpus_for_all(tmp_path, monkeypatch):
 
     assert find(main=False) == "of rank 0"  # and nothing made
     monkeypatch.setattr(serialize, "ensure_phantom", lambda say: Path("made"))
-    assert find() == "made"
+    assert find() == ["made"]
     for folder in ("data/corpus", "before"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "index.jsonl").touch()
-    assert find(None, "gone") == "data/corpus"
-    assert find(None, "before") == "before"
-    assert find("named", "before") == "named"
+    assert find(None, "gone") == find(None, ["before", "gone"]) == ["data/corpus"]
+    assert find(None, "before") == ["before"]
+    assert find(["named", "too"], "before") == ["named", "too"]
     assert find(main=False) == "of rank 0"  # whatever it sees itself
 
 
@@ -382,7 +402,8 @@ def test_contrast_takes_one_box_from_all_contrasts_of_a_patient(corpus):
     rng = np.random.default_rng([0, 1, 9])
     rng.random()
     case, box = data.cases[rng.integers(len(data.cases))], (32, 32, 8)
-    assert [r["contrast"] for r in case] == list(CONTRASTS)
+    contrasts = {str(corpus / r["file"]): r.get("contrast") for r in read_index(corpus)}
+    assert [contrasts[r["file"]] for r in case] == list(CONTRASTS)
     start = [rng.integers(n - b + 1) for n, b in zip(case[0]["shape"], box)]
     for row, image in zip(case, data[9]["volume"].split(8, 2)):
         assert torch.equal(image, serialize.cut(data.array(row), start, box))
