@@ -135,6 +135,7 @@ PRESETS = {  # what departs from the published recipe
         "batch": 1,
         "crops": 1,
         "lr": 2e-3,
+        "layer_decay": 0.75,
         "clip": 1.0,
         "overlap": 0.5,
         "augment": "standard",
@@ -217,7 +218,7 @@ def parser():
     add("--batch", type=int, help="volumes a step, all ranks (published: 4; quick 2; nano 1)")
     add("--micro", type=int, help="crops a pass on a device (default: its share)")
     add("--lr", type=float, help="(published: 3e-4, from scratch 1e-4; nano 2e-3)")
-    add("--layer-decay", type=float, help="of --lr, downwards (published: 0.75; la 0.9)")
+    add("--layer-decay", type=float, help="of --lr, downwards (published, nano: 0.75; la 0.9)")
     words = "a twentieth of the run; quick a sixth, nano a quarter"
     training_flags(p, "out/seg-TASK", words, workers=4)
     return p

@@ -5,7 +5,8 @@
 #   LABELS="0.1 0.2 1" DECODERS="light unetr" SEEDS="0 1 2 3 4" bash assets/study.sh
 #
 # 80 atria without their labels to pre-train on, a few labels to fine-tune with, 20 to test on: the
-# usual split (train.list, test.list). Every part is left out where its result is there already, so
+# usual split (train.list, test.list). Then the demo's made-up patients, a tenth of them with labels.
+# Every part is left out where its result is there already, so
 # the script can be stopped and started again. It says how long each part took.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -53,9 +54,9 @@ for seed in $SEEDS; do
     for decoder in $DECODERS; do
       for arm in scratch frozen pre-16 pre-4; do
         case $arm in
-          scratch) init="--init scratch:nano" ;;
+          scratch) init="--init scratch:nano --layer-decay 1" ;;
           frozen) init="--init scratch:nano --freeze" ;;
-          *) init="--init out/la/$arm/ckpt.pt --layer-decay 0.75" ;;
+          *) init="--init out/la/$arm/ckpt.pt" ;;
         esac
         run=out/la/$decoder-$(basename "$labels")/$arm-$seed
         tune "$run" "$seed" "$labels" "$decoder" "$TUNE" $init
@@ -87,7 +88,21 @@ for arm in plain causal image overlap codes random; do
   done
 done
 
-for folder in out/la/*-*/; do
+# made-up patients: 15 organs, and nodules of two classes
+part out/pretrain/metrics.json python pretrain.py
+for seed in $SEEDS; do
+  for arm in scratch pretrained; do
+    init=$([ $arm = scratch ] && echo scratch || echo out/pretrain/ckpt.pt)
+    run=out/phantom/organs-0.1/$arm-$seed
+    part $run/metrics.json python finetune_seg.py --task phantom --labels 0.1 --decoder light \
+      --steps "$TUNE" --val-every "$TUNE" --seed "$seed" --init $init --out $run
+    part $run/eval-seg/metrics.json python eval.py seg --ckpt $run/ckpt.pt
+    run=out/phantom/nodules-0.1/$arm-$seed
+    part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init --out $run
+  done
+done
+
+for folder in out/la/*-*/ out/phantom/*/; do
   if compgen -G "$folder*/metrics.json" > /dev/null && [ ! -e "$folder/metrics.json" ]; then
     python eval.py table "$folder" --out "$folder/table"
   fi
