@@ -54,7 +54,7 @@ def cli(main):
     try:
         main()
     except (BadInput, torch.OutOfMemoryError) as e:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = told("RANK")
         prefix = f"error (rank {rank})" if rank else "error"
         words = str(e)[:4000].replace("\n", " ")  # whatever the names and values in it
         if not isinstance(e, BadInput):
@@ -145,8 +145,7 @@ def is_like(value, shape):
 
 def write_table(path, header, rows):
     """A CSV file with line feeds."""
-    how = {"newline": "", "errors": "surrogateescape"}
-    with write_beside(path) as tmp, open(tmp, "w", **how) as f:
+    with write_beside(path) as tmp, open(tmp, "w", newline="", errors="surrogateescape") as f:
         csv.writer(f, lineterminator="\n").writerows([header, *rows])
 
 
@@ -167,6 +166,11 @@ def cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def told(name, default=0):
+    """A number that torchrun leaves in the environment."""
+    return int(os.environ.get(name, default))
 
 
 def parallel(fn, items, workers=None, desc=None):
@@ -198,19 +202,18 @@ FREE = {*FREE.split(), "stop_after", "largest", "recompute"}
 
 def machine_flags(p, workers=8, kernels=True, compiled=False):
     """--device, --dtype and, for training (workers not None), --workers, --compile; --kernels."""
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add = p.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     words = "of the matrix products; auto: bf16 where the hardware has it"
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=words)
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=words)
     if kernels:
         words = "auto: Triton's (kernels/) on CUDA, else PyTorch"
-        choices = ["auto", "torch", "triton"]
-        g.add_argument("--kernels", choices=choices, default="auto", help=words)
+        add("--kernels", choices=["auto", "torch", "triton"], default="auto", help=words)
     if workers is not None:
         words = f"loader processes a rank (default: {workers} with CUDA, 0 without)"
-        g.add_argument("--workers", type=int, help=words)
+        add("--workers", type=int, help=words)
         words = f"torch.compile (default: {'with CUDA' if compiled else 'no'})"
-        g.add_argument("--compile", action=argparse.BooleanOptionalAction, help=words)
+        add("--compile", action=argparse.BooleanOptionalAction, help=words)
 
 
 def training_flags(p, out, every, **machine):
@@ -314,8 +317,8 @@ class Machine:
     def share(self, fn, items, desc):
         """fn(item) of all items, in their order: each rank does a share, in its processes."""
         mine = items[self.rank :: self.world]
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        done = [*parallel(fn, mine, cores() // ranks_here, self.main and desc)]
+        workers = cores() // told("LOCAL_WORLD_SIZE", 1)
+        done = [*parallel(fn, mine, workers, self.main and desc)]
         shares = self.gather(done)
         return [shares[i % self.world][i // self.world] for i in range(len(items))]
 
@@ -330,10 +333,7 @@ def setup(args):
     NCCL on CUDA, gloo on CPUs; bf16 by default where the hardware multiplies it. Products in
     float32 stay exact, not TF32: codes, neighbours, probes and rivals need them so.
     """
-    world, rank, local = (
-        int(os.environ.get(k, d))
-        for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
-    )
+    world, rank, local = told("WORLD_SIZE", 1), told("RANK"), told("LOCAL_RANK")
     seed = getattr(args, "seed", 0)
     if not 0 <= seed < 2**32:
         raise BadInput(f"--seed {seed}: a number from 0 to {2**32 - 1}")
@@ -359,8 +359,8 @@ def setup(args):
         # torchrun (2.13) keeps its store over a restart: the new ranks would call on the dead.
         # Nodes count restarts for themselves: with several, README's command has a new store made
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if told("LOCAL_WORLD_SIZE") == world:
+            store = dist.PrefixStore(str(told("TORCHELASTIC_RESTART_COUNT")), store)
         how = {"store": store, "rank": rank, "world_size": world}
         dist.init_process_group(backend, timeout=patience, **how)
     torch.manual_seed(seed)
@@ -456,7 +456,7 @@ def resumed(parser, args, out, format):
     """
     path = Path(out) / "ckpt.pt"
     # torchrun --max-restarts: what it starts again goes on
-    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    args.resume = args.resume or told("TORCHELASTIC_RESTART_COUNT") > 0
     if not args.resume or not path.exists():
         return args, None
     state = load_checkpoint(path, format)
@@ -477,8 +477,7 @@ def resumed(parser, args, out, format):
                 f"--{k.replace('_', '-')} {v}: the run to resume has {saved[k]}; leave the flag "
                 "out, or start a new run in another --out"
             )
-    changed = {k: v for k, v in given.items() if k in FREE}
-    args = argparse.Namespace(**{**vars(args), **saved, **changed, "out": str(out)})
+    args = argparse.Namespace(**{**vars(args), **saved, **given, "out": str(out)})
     return args, state | {"path": path}
 
 
@@ -577,17 +576,18 @@ def batches(dataset, numbers, args, machine):
     `dataset.host_keys` names stays on the host.
     """
     host_keys = getattr(dataset, "host_keys", ())
-    numbers = iter(numbers)
-    first = next(numbers, [])
-    numbers = itertools.chain([first] if first else [], numbers)
-    if not args.workers or not first:
+    if not args.workers:
         for some in numbers:
             yield to_device(default_collate([dataset[n] for n in some]), machine.device, host_keys)
+        return
+    numbers = iter(numbers)
+    first = next(numbers, None)
+    if first is None:
         return
     sample = {k: torch.as_tensor(v) for k, v in dataset[first[0]].items()}
     slots = [{k: shared(v, len(first)) for k, v in sample.items()} for _ in range(SLOTS)]
     crew = hire(dataset, slots, args.workers)
-    on_host = filled(slots, numbers, crew)
+    on_host = filled(slots, itertools.chain([first], numbers), crew)
     try:
         yield from copied(on_host, slots, machine.device, host_keys) if machine.cuda else on_host
     finally:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import default_rng
+from scipy.ndimage import find_objects
 from scipy.spatial.transform import Rotation
 from torch import nn
 from tqdm import tqdm
@@ -350,8 +351,8 @@ def main():
     # loop
     if owes:
         validate_at(first)
-    speed = {"samples_per_s": args.units}
-    loop, waited = Loop(args, machine, log, first, args.steps, "segmentation", **speed), 0.0
+    loop = Loop(args, machine, log, first, args.steps, "segmentation", samples_per_s=args.units)
+    waited = 0.0
     samples = loop.batches(Crops(train, setting["roi"], args.crops, args.seed))
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, round(args.warmup * args.steps))
@@ -389,8 +390,7 @@ def build(args, state, setting, machine):
         # written (torch 2.13 on CPUs)
         machine.dtype = torch.float32
         machine.say(f"--roi {roi}: less than 4 patches, where bf16 fails on CPUs: float32")
-    shape = setting["features"], args.decoder
-    model = Segmenter(encoder, len(setting["classes"]) + 1, *shape)
+    model = Segmenter(encoder, len(setting["classes"]) + 1, setting["features"], args.decoder)
     choose_kernels(encoder, args, machine)
     weights = sum(w.numel() for w in model.parameters()) / 1e6
     machine.say(
@@ -603,13 +603,13 @@ def smooth(labels, shape):
     hats = [linear_weights(n, m).numpy() for n, m in zip(labels.shape, shape)]
     best, won = np.zeros(shape, np.float32), np.zeros(shape, labels.dtype)
     rest = np.ones(shape, np.float32)  # the background's share
-    for k in np.unique(labels[labels > 0]):
-        mask = labels == k
-        box = box_of(mask)
-        hits = [hat[a:b] for hat, (a, b) in zip(hats, box)]
+    for k, box in enumerate(find_objects(labels), 1):
+        if box is None:
+            continue
+        hits = [hat[part] for hat, part in zip(hats, box)]
         reached = boxed(box_of(hit)[1] for hit in hits)  # the class's share is 0 elsewhere
         hits = [hit[:, part] for hit, part in zip(hits, reached)]
-        share = np.einsum("ix,jy,kz,ijk->xyz", *hits, mask[boxed(box)], optimize=True)
+        share = np.einsum("ix,jy,kz,ijk->xyz", *hits, labels[box] == k, optimize=True)
         rest[reached] -= share
         better = share > best[reached]
         best[reached][better] = share[better]
@@ -872,8 +872,6 @@ class Decoder(nn.Module):
 
     def __init__(self, width, patch, classes, f):
         super().__init__()
-        if patch not in (2, 4, 8, 16):
-            raise BadInput(f"patch {patch}: UNETR doubles the grid, so it must be 2, 4, 8 or 16")
         doublings = patch.bit_length() - 1
         strides = [1] * (4 - doublings) + [2] * doublings  # of the four stages, from the grid up
         widths = width, 8 * f, 4 * f, 2 * f, f
@@ -900,8 +898,6 @@ class Light(nn.Module):
 
     def __init__(self, width, patch, classes, f):
         super().__init__()
-        if patch not in (2, 4, 8, 16):
-            raise BadInput(f"patch {patch}: --decoder light takes 2, 4, 8 or 16")
         first = 2 ** (patch.bit_length() // 2)
         self.enter = upsampler(4 * width, 8 * f, first)
         self.up = upsampler(8 * f, 2 * f, patch // first)
@@ -926,6 +922,8 @@ class Segmenter(nn.Module):
     def __init__(self, encoder, classes, features=FEATURES, decoder="unetr"):
         super().__init__()
         c, self.encoder = encoder.config, encoder
+        if c.patch not in (2, 4, 8, 16):
+            raise BadInput(f"patch {c.patch}: decoders double the grid, they take 2, 4, 8 or 16")
         self.decoder = DECODERS[decoder](c.width, c.patch, classes, features)
         encoder.head.requires_grad_(False)  # predicts patches: no part in this
 

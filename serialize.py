@@ -140,18 +140,17 @@ def set_largest(text):
 
 
 def sequence_flags(p):
-    """The flags of a stage that trains on a corpus: the group."""
-    g = p.add_argument_group("sequences")
+    """The flags of a stage that trains on a corpus."""
+    add = p.add_argument_group("sequences").add_argument
     words = "corpora (default data/corpus; without one, the phantom's)"
-    g.add_argument("--data", nargs="+", help=words)
-    g.add_argument("--volume", type=int, help="edge in voxels (default 128; nano 64)")
+    add("--data", nargs="+", help=words)
+    add("--volume", type=int, help="edge in voxels (default 128; nano 64)")
     words = "slices between slabs (published: 8; nano 16: copies nothing, +0.014 Dice, README)"
-    g.add_argument("--stride", type=int, help=words)
+    add("--stride", type=int, help=words)
     words = "published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1"
-    g.add_argument("--mix", help=words)
+    add("--mix", help=words)
     words = "sequences of each kind to validate with (default 64; nano 16)"
-    g.add_argument("--val-samples", type=int, help=words)
-    return g
+    add("--val-samples", type=int, help=words)
 
 
 def settle(args):
@@ -188,13 +187,11 @@ def main():
         jobs = collect(  # and what is left out
             args.spatial or [], args.contrast or [], args.semantic, args.exclude, args.patient
         )
-    if args.check:
-        corpus = Path(args.out)
-        return (
-            check_scans(*jobs, args.workers) if args.scans else check_corpus(corpus, args.workers)
-        )
-    if args.scans:
+        if args.check:
+            return check_scans(*jobs, args.workers)
         build(*jobs, args.out, args.val, args.seed, args.workers, args.spacing)
+    elif args.check:
+        return check_corpus(Path(args.out), args.workers)
     if args.inspect or args.bench:
         with tempfile.TemporaryDirectory() as folder:
             if not args.out:
@@ -204,7 +201,7 @@ def main():
                 args.out or folder, size=args.volume, stride=args.stride, seed=args.seed
             )
             if args.inspect:
-                inspect(data, args.patch, args.order, Path(args.out or folder))
+                inspect(data, args.patch, args.order, Path(args.out))
             if args.bench:
                 bench(data)
 
@@ -230,11 +227,9 @@ def read_scan(path):
     applied. DICOM (a folder), MHA and NRRD need SimpleITK, HDF5 h5py. Of a MedMNIST npz the volumes
     to train on are the frames. BadInput says what is wrong with a file.
     """
-    suffix = "" if Path(path).is_dir() else suffix_of(path)
-    reader = {".h5": read_h5, ".npz": read_npz}.get(suffix, read_nifti)
-    if not suffix or suffix in SITK:
-        reader = read_sitk
-    values, affine = because(reader, path)
+    readers = dict.fromkeys(NIFTI, read_nifti) | {".h5": read_h5, ".npz": read_npz}
+    suffix = None if Path(path).is_dir() else suffix_of(path)
+    values, affine = because(readers.get(suffix, read_sitk), path)
     check_volume(values.shape, values.dtype)
     axes = nib.orientations.io_orientation(affine)
     ras = affine @ nib.orientations.inv_ornt_aff(axes, values.shape[:3])
@@ -811,8 +806,8 @@ def summarise(rows, skipped, out, say):
 def write_skipped(path, skipped, jobs):
     """List what was skipped, after what earlier runs skipped and this one has not tried again."""
     tried = {str(source) for source, _ in skipped} | {str(j["source"]) for j in jobs}
-    rows = [(r["source"], r["reason"]) for r in read_table(path)] if path.exists() else []
-    earlier = [row for row in rows if row[0] not in tried]
+    rows = read_table(path) if path.exists() else []
+    earlier = [r.values() for r in rows if r["source"] not in tried]
     write_table(path, ("source", "reason"), [*earlier, *skipped])
 
 
@@ -889,7 +884,7 @@ def read_corpora(folders):
 # ---- checking and auditing -------------------------------------------------------------------
 
 
-def check_scans(jobs, skipped, workers=None):
+def check_scans(jobs, skipped, workers):
     """Print what `build` would read and what not, from headers, and what it would cost."""
     facts, files = [], defaultdict(list)
     for job, rows, reason in parallel(headers_of, jobs, workers, "reading headers"):
@@ -955,7 +950,7 @@ def headers_of(job):
     return job, rows, None
 
 
-def check_corpus(corpus, workers=None):
+def check_corpus(corpus, workers):
     """Read every array of a corpus; BadInput names those that are not what was written."""
     rows = {r["file"]: r for r in read_index(corpus)}.values()
     faults = [f for f in parallel(partial(fault_of, corpus), rows, workers, "reading arrays") if f]
@@ -972,7 +967,7 @@ def fault_of(corpus, row):
     return None if digest(array.numpy(), 16) == row.get("stored") else row["file"]
 
 
-def audit(corpus, data, exclude=LABELS, patient=None, workers=None):
+def audit(corpus, data, exclude, patient, workers):
     """Print which scans below `data` a corpus holds: the same voxels, or a patient of one name."""
     rows = read_index(corpus)
     hashes = {r["hash"]: r["source"] for r in rows}
@@ -1230,8 +1225,8 @@ def linear_weights(n, m):
     return F.interpolate(torch.eye(n)[None], m, mode="linear")[0]
 
 
-def intensity_range(crop, low=1.0, high=99.9):
-    """The `low`th and `high`th percentiles of an int16 tensor [x, y, z]: order statistics, from a
+def intensity_range(crop):
+    """The 1st and 99.9th percentiles of an int16 tensor [x, y, z]: order statistics, from a
     histogram.
     """
     # departs: of more than 64³ voxels one row in nine is counted, for the same range in less time
@@ -1240,7 +1235,7 @@ def intensity_range(crop, low=1.0, high=99.9):
     least = values.min()
     # the difference wraps around, its bits are right
     counts = np.bincount((values - least).view(np.uint16))
-    rank = np.floor(np.array([low, high]) / 100 * (values.size - 1))
+    rank = np.floor(np.array([1, 99.9]) / 100 * (values.size - 1))
     return np.searchsorted(np.cumsum(counts), rank, side="right") + int(least)
 
 
