@@ -351,6 +351,7 @@ def setup(args):
                 "use --device cpu, or lower --nproc_per_node"
             )
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # convolutions too: its default is True
     keep_freed_memory()
     wants_bf16 = args.dtype == "bf16" or args.dtype == "auto" and multiplies_bf16(device)
     if world > 1 and not dist.is_initialized():
@@ -758,7 +759,7 @@ class Loop:
         self.fault = None  # why the run cannot go on, once it is saved
         self.late, self.saved = False, time.perf_counter()
         # asking other ranks whether to stop costs a GPU its queue: there only when a row is logged
-        self.asks = machine.world == 1 or not machine.cuda
+        self.asks = self.cheap = machine.world == 1 or not machine.cuda
         zero = torch.zeros((), device=machine.device)
         self.skipped, self.row, self.third = zero, zero, zero - 1  # of steps that were not finite
         bar = {"total": steps, "initial": first, "desc": desc, "disable": not machine.main}
@@ -847,7 +848,7 @@ class Loop:
         means = (self.machine.sum(self.total) / max(1, steps - skipped)).tolist()
         seconds = torch.tensor(time.perf_counter() - self.clock, device=self.machine.device)
         seconds = self.machine.sum(seconds).item() / self.machine.world  # one answer on all ranks
-        self.asks = self.asks or seconds > steps
+        self.asks = self.cheap or seconds > 10  # the first row, of compilation, is no measure
         row = dict(zip(losses, means)) if skipped < steps else {}
         row |= {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         row |= {k: quantity * steps / seconds for k, quantity in self.per_second.items()}

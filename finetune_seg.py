@@ -782,12 +782,14 @@ def deform(image, label, u):
         turn = turn / (0.85 + 0.4 * u[14])
     # coordinates from −1 to 1, the last axis first, are what the functions of grids take
     turn = np.c_[(turn * half / half[:, None])[::-1, ::-1], np.zeros(3)]
-    turn = image.new_tensor(turn[None])  # [1, 3, 4]
+    turn = torch.from_numpy(turn[None]).float()  # [1, 3, 4]
+    turn = turn.to(image.device, non_blocking=True)
     at = F.affine_grid(turn, (1, 1, *image.shape), align_corners=False)  # [1, X, Y, Z, 3]
     if u[16] < 0.2:
         bumps = noise((1, 3, 5, 5, 5), np.float32(u[15]), image) * 30 * u[16]  # voxels
         bumps = F.interpolate(bumps, image.shape, mode="trilinear", align_corners=True)
-        at += (bumps.movedim(1, -1) / image.new_tensor(half)).flip(-1)
+        half = torch.from_numpy(half).float().to(image.device, non_blocking=True)
+        at += (bumps.movedim(1, -1) / half).flip(-1)
     image = F.grid_sample(image[None, None], at, padding_mode="border", align_corners=False)
     label = F.grid_sample(label[None, None].float(), at, mode="nearest", align_corners=False)
     return image[0, 0], label[0, 0]
@@ -803,7 +805,7 @@ def degrade(v, u):
     if u[17] < 0.1:
         v = v + noise(v.shape, u[18], v) * (0.1 * u[19]) ** 0.5
     if u[20] < 0.2:
-        weights = bell(7, 0.5 + 0.5 * u[21]).to(v.device)
+        weights = bell(7, 0.5 + 0.5 * u[21]).to(v.device, non_blocking=True)
         for _ in range(3):  # the last axis, which then comes first
             v = (F.pad(v, (3, 3)).unfold(2, 7, 1) @ (weights / weights.sum())).movedim(2, 0)
     if u[22] < 0.15:

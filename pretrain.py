@@ -9,7 +9,8 @@
 
 Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (lowest validation loss),
 metrics.json, curves.png, samples.png. Every random choice is a function of (seed, step, sample), so
-any number of workers or GPUs trains one model, and a run that was stopped goes on bitwise the same.
+any number of workers or GPUs trains one model, and a run that was stopped goes on the same: on CPUs
+bitwise, on GPUs but for the order of sums.
 
 Sections: arguments · training · data · evaluation · pictures · bench and plan
 

@@ -326,15 +326,19 @@ class Quantiser(nn.Module):
         """
         K, rows = len(self.codes), with_ones(z)
         weight = (1 - (z * self.codes[index]).sum(1) - 1e-5).clamp(min=1e-12).sqrt()
-        keys = weight / torch.from_numpy(rng.exponential(size=len(z))).to(z)
+        waits = torch.from_numpy(rng.exponential(size=len(z))).to(z.dtype)
+        keys = weight / waits.to(z.device, non_blocking=True)
         drawn = rows[keys.topk(min(most, len(z))).indices]  # without repetition
         message = rows.new_zeros(K + len(drawn) * machine.world, rows.shape[1])
         message.index_add_(0, index, rows)
         message[K + machine.rank :: machine.world] = drawn  # the ranks take turns
         totals, fresh = machine.sum(message).split([K, len(message) - K])
         self.averages.lerp_(totals * (K / totals[:, -1].sum()), 1 - decay)
-        dead = (self.averages[:, -1] < REVIVE).nonzero()[: len(fresh), 0]
-        self.averages[dead] = fresh[: len(dead)]
+        dead = self.averages[:, -1] < REVIVE
+        turn = dead.cumsum(0) - 1  # of the fresh ones: without nonzero, no wait for a GPU
+        dead &= turn < len(fresh)
+        fresh = fresh[turn.clamp(0, len(fresh) - 1)]
+        self.averages.copy_(fresh.where(dead[:, None], self.averages))
         self.codes.copy_(F.normalize(self.averages[:, :-1]))
 
     def start(self, z, seed, machine, rounds=16):

@@ -117,11 +117,12 @@ def first_hour(out):
         words = words.split() + ["200" if cuda else "2"] * words.endswith("--steps")
         start, lines = time.perf_counter(), []
         print(f"== {name}: python {' '.join(words)}", flush=True)
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen([sys.executable, *words], **how) as process:
-            for line in process.stdout:
+            for line in process.stdout:  # a bar redraws itself with \r: its last state
+                line = line.decode(errors="replace").rstrip("\r\n").split("\r")[-1] + "\n"
                 print(line, end="", flush=True)
-                lines.append(line.split("\r")[-1])
+                lines.append(line)
         minutes = (time.perf_counter() - start) / 60
         table += f"| {name} | {process.returncode} | {minutes:.1f} |\n"
         said += f"\n### {name}\n\n```\n{''.join(lines[-80:])}```\n"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,20 @@ def test_steps_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run
     [row] = read_log(tmp_path / "log.jsonl")
     assert row["step"] == 4 and row["skipped"] == 2 and row["loss"] == pytest.approx(2.85, rel=1e-3)
     assert optimiser.state[w]["step"] == 3  # those that were taken
+
+
+def test_gpus_ask_each_other_at_each_step_only_while_rows_take_long(tmp_path, monkeypatch):
+    clock, asked = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, units=8)
+    two = argparse.Namespace(world=2, cuda=True, main=False, device=torch.device("cpu"))
+    two.sum = lambda tensor: 2 * tensor
+    loop = Loop(args, two, Log(tmp_path / "log.jsonl"), 0, 12, "test")
+    monkeypatch.setattr(loop, "agreed", lambda: asked.append(loop.step))
+    for step in loop:
+        clock[0] += 10 if step < 4 else 1  # the first steps compile
+        loop.took(torch.zeros(()), argparse.Namespace(found_inf=torch.zeros(())))
+    assert asked == [4, *range(4, 8), 8, 12]
 
 
 def test_a_dead_loader_process_ends_the_loop_with_what_the_step_lacks(tmp_path):
