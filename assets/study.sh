@@ -6,8 +6,8 @@
 #
 # 80 atria without their labels to pre-train on, a few labels to fine-tune with, 20 to test on: the
 # usual split (train.list, test.list). Then the demo's made-up patients, a tenth of them with labels.
-# Every part is left out where its result is there already, so
-# the script can be stopped and started again. It says how long each part took.
+# Every part is left out where its result is there already, so the script can be stopped and started
+# again. It says how long each part took.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -94,8 +94,8 @@ for seed in $SEEDS; do
   for arm in scratch pretrained; do
     init=$([ $arm = scratch ] && echo scratch || echo out/pretrain/ckpt.pt)
     run=out/phantom/organs-0.1/$arm-$seed
-    part $run/metrics.json python finetune_seg.py --task phantom --labels 0.1 --decoder light \
-      --steps "$TUNE" --val-every "$TUNE" --seed "$seed" --init $init --out $run
+    part $run/metrics.json python finetune_seg.py --task phantom --labels 0.1 --seed "$seed" \
+      --init $init --out $run
     part $run/eval-seg/metrics.json python eval.py seg --ckpt $run/ckpt.pt
     run=out/phantom/nodules-0.1/$arm-$seed
     part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init --out $run
