@@ -223,7 +223,7 @@ def training_flags(p, out, every, **machine):
     """
     add = p.add_argument_group("run").add_argument
     add("--out", default=None if "TASK" in out else out, help=f"folder (default {out})")
-    add("--resume", action="store_true", help="go on with the run in --out, exactly")
+    add("--resume", action="store_true", help="go on with the run in --out (on CPUs bitwise)")
     add("--stop-after", type=int, metavar="N", help="save and leave after N steps")
     add("--seed", type=int, default=0)
     machine_flags(p, **machine)
@@ -848,7 +848,8 @@ class Loop:
         means = (self.machine.sum(self.total) / max(1, steps - skipped)).tolist()
         seconds = torch.tensor(time.perf_counter() - self.clock, device=self.machine.device)
         seconds = self.machine.sum(seconds).item() / self.machine.world  # one answer on all ranks
-        self.asks = self.cheap or seconds > 10  # the first row, of compilation, is no measure
+        # torchrun kills 30 s after SIGTERM; the first row, of compilation, is no measure of others
+        self.asks = self.cheap or seconds > 10
         row = dict(zip(losses, means)) if skipped < steps else {}
         row |= {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         row |= {k: quantity * steps / seconds for k, quantity in self.per_second.items()}

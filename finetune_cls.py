@@ -4,7 +4,7 @@
     python finetune_cls.py --task nodule --init out/pretrain/ckpt.pt   # one GPU
     torchrun --nproc_per_node=4 finetune_cls.py --task ricord --init FILE    # four, the same run
     python finetune_cls.py --task mine --data cases.csv      # yours: file,label,split[,patient]
-    python finetune_cls.py --resume --out out/cls-nodule     # goes on with a run, exactly
+    python finetune_cls.py --resume --out out/cls-nodule     # goes on with a run
 
 Leaves in --out: args.json, log.jsonl, ckpt.pt (resumable), best.pt (best validation AUC),
 metrics.json, scores.csv (each case), roc.png, confusion.png, cases.png, curves.png, skipped.csv.

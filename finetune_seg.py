@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 finetune_seg.py --task amos                # four GPUs, the same run
     python finetune_seg.py --task amos --labels 0.1 --out out/seg-amos-10  # a tenth of the labels
     python finetune_seg.py --task mine --data DIR --classes liver tumour --range -20 190
-    python finetune_seg.py --task amos --resume     # goes on where out/seg-amos left off, exactly
+    python finetune_seg.py --task amos --resume     # goes on where out/seg-amos left off
 
 Scans are prepared once (RAS+, resampled, intensities mapped to [0, 1], cut to the foreground) and
 kept in data/cache. Leaves in --out: args.json, subset.json, skipped.csv, log.jsonl, ckpt.pt

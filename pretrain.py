@@ -3,7 +3,7 @@
     python pretrain.py                                 # CPU demo on made-up patients: 4 minutes
     python pretrain.py --data data/corpus --size base  # one GPU, ViT-B, the published recipe
     torchrun --nproc_per_node=8 pretrain.py            # eight GPUs, the same run and batch
-    python pretrain.py --resume                        # goes on with out/pretrain, exactly
+    python pretrain.py --resume                        # goes on with out/pretrain
     python pretrain.py --size base --bench             # one step timed: TFLOP/s, memory
     python pretrain.py --target vq                     # codes of tokenize_vq.py instead of voxels
 

@@ -860,10 +860,10 @@ def read_index(corpus, name="index.jsonl", whole=True, keys=None):
             f"{path}: not an index of serialize.py; delete it and build the corpus again"
         ) from None
     if faulty:
-        file = Path(corpus, faulty[0])
+        file = os.path.join(corpus, faulty[0])
         raise BadInput(
-            f"{file}: {'cut short' if file.is_file() else 'missing'}; delete {path} and build the "
-            "corpus again"
+            f"{file}: {'cut short' if os.path.isfile(file) else 'missing'}; delete {path} and "
+            "build the corpus again"
         )
     return rows
 
@@ -872,11 +872,14 @@ def read_corpora(folders):
     """The rows of one or several corpora, with what a sequence needs; files with their folders.
 
     Who validates in one corpus, or shares voxels with someone who does, is trained on in none.
+    Cases of one name in two corpora stay two: their contrasts share no grid.
     """
     folders, rows = [folders] if isinstance(folders, str | Path) else folders, []
     for folder in folders:
         for r in read_index(folder, keys=[*ROW, *MORE, "hash"]):
             r["file"] = os.path.join(folder, r["file"])
+            if r["kind"] == "contrast":
+                r["group"] = f"{folder} {r['group']}"
             rows.append(r)
     return split_by_patient(rows, 0, 0) if len(folders) > 1 else rows
 

@@ -3,7 +3,7 @@
     python tokenize_vq.py                     # CPU demo: 512 codes of 8³ of made-up patients
     python tokenize_vq.py --data data/corpus --out out/vq          # one GPU: 8,192 codes of 16³
     torchrun --nproc_per_node=8 tokenize_vq.py --data data/corpus  # eight GPUs, the same batch
-    python tokenize_vq.py --resume            # goes on where out/vq/ckpt.pt left off, exactly
+    python tokenize_vq.py --resume            # goes on where out/vq/ckpt.pt left off
 
 A patch is encoded by itself, so that finding its code is cheap; the decoder sees the neighbouring
 codes too. It begins from data: principal components, k-means on unit vectors, least squares. The

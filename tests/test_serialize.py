@@ -275,18 +275,22 @@ def test_who_validates_in_one_of_several_corpora_trains_in_none(tmp_path):
     def write(name, *rows):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "a.npy", np.full((8, 8, 8), ord(name), np.int16))
-        same = {"kind": "spatial", "file": "a.npy", "shape": [8, 8, 8], "group": ""}
+        same = {"kind": "spatial", "file": "a.npy", "shape": [8, 8, 8], "group": "case"}
         rows = [{**same, "patient": p, "hash": h, "split": split} for p, h, split in rows]
+        rows += [{**rows[-1], "kind": "contrast"}] * 4
         serialize.write_index(tmp_path / name, rows)
         return str(tmp_path / name)
 
-    a = write("a", ("p", 1, "val"), ("r", 4, "train"), ("s", 5, "train"))
+    a = write("a", ("p", 1, "val"), ("s", 5, "train"), ("r", 4, "train"))
     # p again, his voxels as those of another, who has further scans, one as that of s
     b = write("b", ("p", 2, "train"), ("q", 1, "train"), ("q", 5, "train"), ("t", 6, "train"))
     train = Sequences([a, b], size=8, stride=2)
     kept = [(r["patient"], r["file"]) for r in train.scans]
     assert kept == [("r", f"{a}/a.npy"), ("t", f"{b}/a.npy")]
     assert {int(train.array(r).max()) for r in train.scans} == {*b"ab"}
+    assert [[r["file"] for r in case] for case in train.cases] == [
+        [f"{f}/a.npy"] * 4 for f in (a, b)
+    ]
     assert Sequences(train, "val", size=8, stride=2).have["spatial"] == 5
     assert Sequences(a, size=8, stride=2).have["spatial"] == 2
 
@@ -314,6 +318,7 @@ def test_an_array_that_was_cut_short_is_named(tmp_path):
     for harm, words in (
         (lambda: array.write_bytes(bytes(200)), f"{array.name}: cut short"),
         (array.unlink, f"{array.name}: missing"),
+        (lambda: index.write_text(index.read_text().replace("arrays", "x" * 5000)), "missing"),
         (lambda: index.write_text("half a li"), "not an index"),
     ):
         harm()
