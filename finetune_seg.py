@@ -1016,6 +1016,7 @@ def sliding_window(
                 sums = layer.new_zeros(scores.shape[1], *layer.shape)
             for c, score in zip(part, scores):
                 cut(sums, (0, 0, *c), score.shape).addcmul_(score, weight)
+            del scores, score  # not to be held beside the next ones
         weights += layer
         n = end - x
         done.append(finish(sums[:, :n].div_(weights[:n])).cpu())

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-SHAPE, CLASSES, ROI, BATCH, TIMES = (320, 320, 160), 16, (96, 96, 96), 2, 3
+SHAPE, CLASSES, ROI, BATCH, TIMES = (320, 320, 160), 16, (96, 96, 96), 1, 3
 
 
 @torch.no_grad()
