@@ -399,7 +399,8 @@ def distribute(net, args, machine):
     ids = [machine.device.index] if machine.cuda else None
     with warnings.catch_warnings():  # PyTorch 2.13 has another name for it, which 2.11 lacks
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(net, ids, broadcast_buffers=False)
+        more = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(net, ids, **more)
 
 
 # ---- checkpoints and runs --------------------------------------------------------------------

@@ -139,7 +139,6 @@ PRESETS = {  # what departs from the published recipe
         "layer_decay": 0.75,
         "clip": 1.0,
         "overlap": 0.5,
-        "augment": "standard",
         "flip": 0.0,
         "rotate": 0.0,
         "intensity": 0.3,

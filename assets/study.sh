@@ -3,6 +3,8 @@
 #
 #   bash assets/study.sh                               # left atria, 8 labels, three seeds
 #   LABELS="0.1 0.2 1" DECODERS="light unetr" SEEDS="0 1 2 3 4" bash assets/study.sh
+#   RUNS=out/la-long STEPS=5000 TUNE=1200 DECODERS=unetr ARMS="scratch pre-16" MORE=no \
+#     HOW="--spacing 1.25 1.25 0.86 --augment strong" bash assets/study.sh
 #
 # 80 atria without their labels to pre-train on, a few labels to fine-tune with, 20 to test on: the
 # usual split (train.list, test.list). Then the demo's made-up patients, a tenth of them with labels.
@@ -17,7 +19,11 @@ DECODERS=${DECODERS:-light}  # light: what the encoder knows; unetr: published
 STEPS=${STEPS:-1500}         # of pre-training
 TUNE=${TUNE:-400}            # of fine-tuning
 SHORT=${SHORT:-500}          # of pre-training, in the ablations
+ARMS=${ARMS:-scratch frozen pre-16 pre-4}
+MORE=${MORE:-yes}            # the ablations and the made-up patients, too
 GRID="--spacing 1.25 1.25 1.25"
+HOW=${HOW:-$GRID --augment standard}  # how to fine-tune
+RUNS=${RUNS:-out/la}         # a folder for each setting
 
 part() {  # part RESULT COMMAND…: run it where there is no RESULT yet, and say how long it took
   local result=$1 start=$SECONDS
@@ -33,16 +39,17 @@ part data/corpus-la/index.jsonl python serialize.py --spatial data/la/data $GRID
 
 # slabs side by side (--stride 16 of 64 voxels), and overlapping as published (4)
 for stride in 16 4; do
-  part out/la/pre-$stride/metrics.json python pretrain.py --data data/corpus-la --size nano \
-    --stride $stride --steps "$STEPS" --val-every 250 --out out/la/pre-$stride
-  part out/la/probe-$stride/metrics.json python eval.py probe --ckpt out/la/pre-$stride/ckpt.pt \
-    --layer all --tasks la $GRID --out out/la/probe-$stride
+  [[ $ARMS == *pre-$stride* ]] || continue
+  part $RUNS/pre-$stride/metrics.json python pretrain.py --data data/corpus-la --size nano \
+    --stride $stride --steps "$STEPS" --val-every 250 --out $RUNS/pre-$stride
+  part $RUNS/probe-$stride/metrics.json python eval.py probe --ckpt $RUNS/pre-$stride/ckpt.pt \
+    --layer all --tasks la $GRID --out $RUNS/probe-$stride
 done
 
 tune() {  # tune RUN SEED LABELS DECODER STEPS FLAG…: fine-tune, then score on the scans' own grid
   local run=$1 seed=$2 labels=$3 decoder=$4 steps=$5
   shift 5
-  part "$run/metrics.json" python finetune_seg.py --task la --preset nano $GRID \
+  part "$run/metrics.json" python finetune_seg.py --task la --preset nano $HOW \
     --labels "$labels" --decoder "$decoder" --steps "$steps" --val-every "$steps" \
     --seed "$seed" --out "$run" "$@"
   part "$run/eval-seg/metrics.json" python eval.py seg --ckpt "$run/ckpt.pt"
@@ -52,57 +59,59 @@ tune() {  # tune RUN SEED LABELS DECODER STEPS FLAG…: fine-tune, then score on
 for seed in $SEEDS; do
   for labels in $LABELS; do
     for decoder in $DECODERS; do
-      for arm in scratch frozen pre-16 pre-4; do
+      for arm in $ARMS; do
         case $arm in
           scratch) init="--init scratch:nano --layer-decay 1" ;;
           frozen) init="--init scratch:nano --freeze" ;;
-          *) init="--init out/la/$arm/ckpt.pt" ;;
+          *) init="--init $RUNS/$arm/ckpt.pt" ;;
         esac
-        run=out/la/$decoder-$(basename "$labels")/$arm-$seed
+        run=$RUNS/$decoder-$(basename "$labels")/$arm-$seed
         tune "$run" "$seed" "$labels" "$decoder" "$TUNE" $init
       done
     done
   done
 done
 
-# the ablations: short pre-training, one thing changed, then a decoder on the frozen encoder
-part out/la/codes/metrics.json python tokenize_vq.py --size nano --data data/corpus-la \
-  --stride 16 --out out/la/codes
-for arm in plain causal image overlap codes random; do
-  how="--stride 16"
-  case $arm in
-    causal) how+=" --attention causal" ;;
-    image) how+=" --order image" ;;
-    overlap) how="--stride 4" ;;
-    codes) how+=" --target vq --tokenizer out/la/codes/ckpt.pt" ;;
-  esac
-  encoder=out/la/short-$arm/ckpt.pt
-  if [ $arm = random ]; then
-    encoder=scratch:nano
-  else
-    part out/la/short-$arm/metrics.json python pretrain.py --data data/corpus-la --size nano \
-      $how --steps "$SHORT" --val-every 250 --out out/la/short-$arm
-  fi
+if [ $MORE = yes ]; then
+  # the ablations: short pre-training, one thing changed, then a decoder on the frozen encoder
+  part $RUNS/codes/metrics.json python tokenize_vq.py --size nano --data data/corpus-la \
+    --stride 16 --out $RUNS/codes
+  for arm in plain causal image overlap codes random; do
+    how="--stride 16"
+    case $arm in
+      causal) how+=" --attention causal" ;;
+      image) how+=" --order image" ;;
+      overlap) how="--stride 4" ;;
+      codes) how+=" --target vq --tokenizer $RUNS/codes/ckpt.pt" ;;
+    esac
+    encoder=$RUNS/short-$arm/ckpt.pt
+    if [ $arm = random ]; then
+      encoder=scratch:nano
+    else
+      part $RUNS/short-$arm/metrics.json python pretrain.py --data data/corpus-la --size nano \
+        $how --steps "$SHORT" --val-every 250 --out $RUNS/short-$arm
+    fi
+    for seed in $SEEDS; do
+      tune $RUNS/ablations-0.1/$arm-$seed "$seed" 0.1 light 200 --freeze --init $encoder
+    done
+  done
+
+  # made-up patients: 15 organs, and nodules of two classes
+  part out/pretrain/metrics.json python pretrain.py
   for seed in $SEEDS; do
-    tune out/la/ablations-0.1/$arm-$seed "$seed" 0.1 light 200 --freeze --init $encoder
+    for arm in scratch pretrained; do
+      init=$([ $arm = scratch ] && echo scratch || echo out/pretrain/ckpt.pt)
+      run=out/phantom/organs-0.1/$arm-$seed
+      part $run/metrics.json python finetune_seg.py --task phantom --labels 0.1 --seed "$seed" \
+        --init $init --out $run
+      part $run/eval-seg/metrics.json python eval.py seg --ckpt $run/ckpt.pt
+      run=out/phantom/nodules-0.1/$arm-$seed
+      part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init --out $run
+    done
   done
-done
+fi
 
-# made-up patients: 15 organs, and nodules of two classes
-part out/pretrain/metrics.json python pretrain.py
-for seed in $SEEDS; do
-  for arm in scratch pretrained; do
-    init=$([ $arm = scratch ] && echo scratch || echo out/pretrain/ckpt.pt)
-    run=out/phantom/organs-0.1/$arm-$seed
-    part $run/metrics.json python finetune_seg.py --task phantom --labels 0.1 --seed "$seed" \
-      --init $init --out $run
-    part $run/eval-seg/metrics.json python eval.py seg --ckpt $run/ckpt.pt
-    run=out/phantom/nodules-0.1/$arm-$seed
-    part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init --out $run
-  done
-done
-
-for folder in out/la/*-*/ out/phantom/*/; do
+for folder in $RUNS/*-*/ out/phantom/*/; do
   if compgen -G "$folder*/metrics.json" > /dev/null && [ ! -e "$folder/metrics.json" ]; then
     python eval.py table "$folder" --out "$folder/table"
   fi

@@ -302,6 +302,17 @@ def test_image_and_label_move_together(kind):
     assert torch.allclose(image, changed, atol=0.1) == (kind != "strong")
 
 
+@pytest.mark.parametrize(
+    "task, words", [("la", ["strong", 0, 0]), ("phantom", ["standard", 0, 0.3])]
+)
+def test_nano_augments_as_the_task_does(task, words):
+    args = finetune_seg.parser().parse_args(
+        ["--task", task, "--preset", "nano", "--init", "scratch"]
+    )
+    finetune_seg.settle(args, setup(Namespace(device="cpu", dtype="fp32", seed=0)))
+    assert [args.augment, args.flip, args.intensity] == words
+
+
 # ---- runs ------------------------------------------------------------------------------------
 
 
