@@ -397,10 +397,11 @@ def distribute(net, args, machine):
     if machine.world == 1:
         return net
     ids = [machine.device.index] if machine.cuda else None
-    with warnings.catch_warnings():  # PyTorch 2.13 has another name for it, which 2.11 lacks
+    how = {"gradient_as_bucket_view": True}  # gradients and buckets: one memory
+    how["broadcast_buffers"] = False  # PyTorch 2.13 has another name for it, which 2.11 lacks
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        more = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(net, ids, **more)
+        return DistributedDataParallel(net, ids, **how)
 
 
 # ---- checkpoints and runs --------------------------------------------------------------------

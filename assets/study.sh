@@ -7,9 +7,9 @@
 #     HOW="--spacing 1.25 1.25 0.86 --augment strong" bash assets/study.sh
 #
 # 80 atria without their labels to pre-train on, a few labels to fine-tune with, 20 to test on: the
-# usual split (train.list, test.list). Then the demo's made-up patients, a tenth of them with labels.
-# Every part is left out where its result is there already, so the script can be stopped and started
-# again. It says how long each part took.
+# usual split (train.list, test.list). Then the demo's made-up patients, a tenth of them with
+# labels. Every part is left out where its result is there already, so the script can be stopped and
+# started again. It says how long each part took.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,7 +35,8 @@ part() {  # part RESULT COMMAND…: run it where there is no RESULT yet, and say
 
 # the scans, and a corpus of the 80 that train.list names
 part data/la git clone --depth 1 https://github.com/yulequan/UA-MT data/la
-part data/corpus-la/index.jsonl python serialize.py --spatial data/la/data $GRID --out data/corpus-la
+part data/corpus-la/index.jsonl python serialize.py --spatial data/la/data $GRID \
+  --out data/corpus-la
 
 # slabs side by side (--stride 16 of 64 voxels), and overlapping as published (4)
 for stride in 16 4; do
@@ -106,7 +107,8 @@ if [ $MORE = yes ]; then
         --init $init --out $run
       part $run/eval-seg/metrics.json python eval.py seg --ckpt $run/ckpt.pt
       run=out/phantom/nodules-0.1/$arm-$seed
-      part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init --out $run
+      part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init \
+        --out $run
     done
   done
 fi
