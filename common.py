@@ -611,8 +611,11 @@ def copied(batches, slots, device, host_keys):
     """
     side, cuda = torch.cuda.Stream(device), torch.cuda.cudart()
     memory = [(t.data_ptr(), t.nbytes) for slot in slots for t in slot.values()]
-    for where, size in memory:
-        torch.cuda.check_error(cuda.cudaHostRegister(where, size, 0))
+    try:
+        for where, size in memory:
+            torch.cuda.check_error(cuda.cudaHostRegister(where, size, 0))
+    except torch.cuda.CudaError as e:
+        raise BadInput(f"--workers: their memory cannot be pinned ({e}); use --workers 0") from None
     try:
         for batch in batches:
             with torch.cuda.stream(side):

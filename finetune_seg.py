@@ -220,7 +220,7 @@ def parser():
     add("--lr", type=float, help="(published: 3e-4, from scratch 1e-4; nano 2e-3)")
     add("--layer-decay", type=float, help="of --lr, downwards (published, nano: 0.75; la 0.9)")
     words = "a twentieth of the run; quick a sixth, nano a quarter"
-    training_flags(p, "out/seg-TASK", words, workers=4)
+    training_flags(p, "out/seg-TASK", words, workers=4, compiled=True)
     return p
 
 
@@ -241,7 +241,8 @@ def settle(args, machine):
     fill(args, TASKS.get(args.task, OWN_TASK))
     if args.init.startswith("scratch"):
         fill(args, SCRATCH)
-    fill(args, PUBLISHED | {"data": f"data/{args.task}", "workers": 4 if machine.cuda else 0})
+    fill(args, PUBLISHED | {"data": f"data/{args.task}", "compile": machine.cuda})
+    fill(args, {"workers": 4 if machine.cuda else 0})
     if args.largest:  # of the run that goes on, too
         set_largest(str(args.largest))
     check_least(args)

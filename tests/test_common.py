@@ -313,6 +313,65 @@ def test_batches_are_what_their_numbers_say(workers):
     assert not multiprocessing.active_children()
 
 
+class StandIn:
+    """What `copied` asks of CUDA: says in `calls` what was asked; refuses to pin block `refuse`."""
+
+    def __init__(self, monkeypatch, refuse=None):
+        self.calls, self.refuse = [], refuse
+        for name in ("Stream", "current_stream", "stream", "cudart", "check_error"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def cudaHostRegister(self, where, size, flags):
+        self.calls.append(("pinned", where, size))
+        return len(self.calls) == self.refuse
+
+    def cudaHostUnregister(self, where):
+        self.calls.append(("freed", where))
+
+    def check_error(self, refused):
+        if refused:
+            error = torch.cuda.CudaError.__new__(torch.cuda.CudaError)
+            RuntimeError.__init__(error, "operation not supported (801)")
+            raise error
+
+    def cudart(self):
+        return self
+
+    Stream = current_stream = stream = lambda self, *_: self
+
+    def __enter__(self):
+        self.calls.append("copies")
+
+    def __exit__(self, *_):
+        self.calls.append("copied")
+
+    def wait_stream(self, other):
+        self.calls.append("waits")
+
+    def synchronize(self):
+        self.calls.append("synchronised")
+
+
+def test_slots_are_pinned_copied_on_a_stream_and_let_go(monkeypatch):
+    gpu = argparse.Namespace(cuda=True, device=torch.device("cpu"))
+    args, cuda = argparse.Namespace(workers=2), StandIn(monkeypatch)
+    for batch, numbers in zip(batches(Numbers(), iter(lists := [[4, 5], [6]]), args, gpu), lists):
+        assert batch["n"].tolist() == numbers
+        cuda.calls.append("used")
+    step = ["copies", "copied", "waits", "used", "synchronised"]
+    assert [c for c in cuda.calls if isinstance(c, str)] == [*step * 2, "synchronised"]
+    pinned = [c for c in cuda.calls if c[0] == "pinned"]
+    assert len(pinned) == 9 and sum(c[2] for c in pinned) == 3 * 2 * (8 + 12 + 32)
+    assert [c[1] for c in cuda.calls if c[0] == "freed"] == [c[1] for c in pinned]
+
+
+def test_memory_that_cannot_be_pinned_is_one_line(monkeypatch):
+    gpu = argparse.Namespace(cuda=True, device=torch.device("cpu"))
+    StandIn(monkeypatch, refuse=2)
+    with pytest.raises(BadInput, match=r"not supported \(801\)\); use --workers 0"):
+        next(batches(Numbers(), iter([[4, 5]]), argparse.Namespace(workers=1), gpu))
+
+
 def test_a_folder_is_written_to_by_one_run(tmp_path):
     args = argparse.Namespace(resume=False)
     code = f"""
