@@ -933,7 +933,8 @@ class Segmenter(nn.Module):
         _, hidden = self.encoder.encode(volume)  # [B, G, C] a block
         L, grid = len(hidden), grid_of(volume.shape[1:], self.encoder.config.patch)
         skipped = [hidden[i] for i in (L // 4, L // 2, 3 * L // 4, -1)]
-        grids = [h.mT.reshape(len(volume), -1, *grid) for h in skipped]  # [B, C, x, y, z]
+        # [B, C, x, y, z], in that order in memory too: convolutions keep the layout they are given
+        grids = [h.mT.reshape(len(volume), -1, *grid).contiguous() for h in skipped]
         return self.decoder(volume[:, None], grids)
 
 
