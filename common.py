@@ -350,6 +350,9 @@ def setup(args):
                 f"--device {device}: this PyTorch ({torch.__version__}) sees {count} CUDA devices; "
                 "use --device cpu, or lower --nproc_per_node"
             )
+        if not torch.cuda.is_available():
+            words = f"too old a driver for this PyTorch (CUDA {torch.version.cuda})"
+            raise BadInput(f"--device {device}: {words}; use a newer one, or --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # convolutions too: its default is True
     keep_freed_memory()

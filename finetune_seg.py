@@ -65,6 +65,7 @@ from common import (
     write_json,
     write_table,
 )
+from kernels import hindrance
 from model import (
     Config,
     Model,
@@ -241,7 +242,7 @@ def settle(args, machine):
     fill(args, TASKS.get(args.task, OWN_TASK))
     if args.init.startswith("scratch"):
         fill(args, SCRATCH)
-    fill(args, PUBLISHED | {"data": f"data/{args.task}", "compile": machine.cuda})
+    fill(args, PUBLISHED | {"data": f"data/{args.task}", "compile": not hindrance(machine.device)})
     fill(args, {"workers": 4 if machine.cuda else 0})
     if args.largest:  # of the run that goes on, too
         set_largest(str(args.largest))
@@ -282,8 +283,8 @@ def train_step(net, samples, args, machine):
     for places in passes:
         start = time.perf_counter()
         b = next(samples)
-        image, label = augment(b["image"].float(), b["label"], b["chance"], args)
         waited += time.perf_counter() - start
+        image, label = augment(b["image"].float(), b["label"], b["chance"], args)
         if machine.world > 1:
             net.require_backward_grad_sync = places is passes[-1]
         with machine.autocast():

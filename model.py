@@ -223,9 +223,10 @@ class Model(nn.Module):
 
         volume [B, X, Y, Z] float in [0, 1], or any numbers with intensity ranges [B, S, 2];
         prefix [B] integers in 0 … G−1. Returns the mean error of the patches prefix … G−1 of the
-        batch (per_patch: that of each [B, G], 0 before the prefix) and the predictions in the order
-        of the sequence. Target pixel: mean squared error of standardised patches, pred [B, G, P³].
-        Target vq: with codes [B, G] in that order, cross-entropy in nats, pred [B, G, K].
+        batch (per_patch: that of each [B, G], 0 before the prefix) and the predictions, without
+        gradients, in the order of the sequence. Target pixel: mean squared error of standardised
+        patches, pred [B, G, P³]. Target vq: with codes [B, G] in that order, cross-entropy in nats,
+        pred [B, G, K].
         The last patch predicts nothing, so G tokens (begin and G−1 patches) are all that is needed.
         """
         grid, order = self.layout(volume)
@@ -243,6 +244,7 @@ class Model(nn.Module):
         else:
             errors = F.cross_entropy(pred.mT.float(), codes, reduction="none")
             errors = errors * targets(prefix, G)
+        pred = pred.detach()  # compiled, an output with a gradient would cost one of zeros
         if per_patch:
             return errors, pred
         return errors.sum() / (len(volume) * G - prefix.sum()), pred

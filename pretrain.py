@@ -49,6 +49,7 @@ from common import (
     training_flags,
     write_json,
 )
+from kernels import hindrance
 from model import (
     FORMAT,
     SHEETS,
@@ -143,7 +144,7 @@ def settle(args, machine):
                 "no CUDA device: --size nano on the CPU (--size base is the published model)"
             )
     fill(args, RECIPES["nano" if args.size == "nano" else "published"])
-    fill(args, {"compile": machine.cuda, "workers": 8 if machine.cuda else 0})
+    fill(args, {"compile": not hindrance(machine.device), "workers": 8 if machine.cuda else 0})
     check_least(args)
     if args.tokenizer and args.target == "pixel":
         raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq predicts codes")
@@ -171,7 +172,7 @@ def train_step(net, samples, encode, step, G, args, machine):
             net.require_backward_grad_sync = places is passes[-1]
         codes = encode(b)
         with machine.autocast():
-            loss, _ = net(b["volume"], prefix, b["ranges"], codes=codes)
+            loss = net(b["volume"], prefix, b["ranges"], codes=codes)[0]
         (loss * (share * machine.world)).backward()  # the ranks' gradients are averaged
         total += loss.detach() * share
     return total

@@ -8,6 +8,7 @@ Importing this package imports no Triton: machines without it have plain.py.
 """
 
 import os
+import shutil
 
 import torch
 
@@ -46,6 +47,8 @@ def hindrance(device):
         import triton  # noqa: F401
     except ImportError as e:
         return f"Triton does not import ({e})"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "Triton needs a C compiler, and there is no gcc or clang (or CC)"
     return None
 
 

@@ -397,7 +397,7 @@ def race(part, name, n, ways, inputs, work, machine, quick):
     try:
         # one at a time: the dense masks and saved outputs of several would fill the memory at 16k
         means = torch.tensor([times(given) for given in inputs]).mean(0).tolist()
-    except (RuntimeError, ImportError, TypeError) as e:  # memory, a backend that refuses, compiling
+    except Exception as e:  # memory, a backend that refuses, compiling
         if OURS in name:
             raise  # the kernels under test have to run
         why = f"{type(e).__name__}: {e}".splitlines()[0]

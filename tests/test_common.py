@@ -365,6 +365,13 @@ def test_slots_are_pinned_copied_on_a_stream_and_let_go(monkeypatch):
     assert [c[1] for c in cuda.calls if c[0] == "freed"] == [c[1] for c in pinned]
 
 
+def test_a_gpu_without_its_driver_is_one_line(monkeypatch):
+    for name, value in ("device_count", 1), ("is_available", False):  # as of an old driver
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with pytest.raises(BadInput, match="--device cuda:0: too old a driver .* or --device cpu"):
+        setup(argparse.Namespace(device="auto", dtype="auto"))
+
+
 def test_memory_that_cannot_be_pinned_is_one_line(monkeypatch):
     gpu = argparse.Namespace(cuda=True, device=torch.device("cpu"))
     StandIn(monkeypatch, refuse=2)

@@ -131,6 +131,26 @@ def test_logits_have_a_class_a_voxel_and_every_weight_but_the_head_learns(patch,
     assert all(g.isfinite().all() for g in grads.values())
 
 
+CUDA = pytest.param("cuda", "inductor", marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "aot_eager"), CUDA])
+def test_network_compiles_as_one_graph(device, backend):
+    net, x = net_of(8).to(device), torch.rand(2, 16, 24, 16, device=device)
+
+    def results():
+        net.zero_grad()
+        logits = net(x)
+        logits.square().mean().backward()
+        with torch.no_grad():  # a last batch of windows: fewer
+            return [logits, net(x[:1]), *(w.grad for w in net.decoder.parameters())]
+
+    exact = results()
+    net.compile(dynamic=False, fullgraph=True, backend=backend)
+    for ours, other in zip(results(), exact, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
 def test_skips_are_blocks_3_6_9_and_the_norm_in_their_places_on_the_grid():
     net, seen = net_of(8, layers=12, width=12), []
     net.decoder.forward = lambda scan, grids: seen.append(grids)

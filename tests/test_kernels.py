@@ -302,7 +302,11 @@ def test_choice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=None: (7, 5))
     assert kernels.choose("auto", "cuda") == ("torch", "GPU has compute capability below 8.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=None: (9, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     assert kernels.choose("auto", "cuda")[0] == "triton"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    name, why = kernels.choose("auto", "cuda")
+    assert name == "torch" and "needs a C compiler" in why
     monkeypatch.setitem(sys.modules, "triton", None)
     name, why = kernels.choose("auto", "cuda")
     assert name == "torch" and "does not import" in why
@@ -560,6 +564,7 @@ torch.cuda.synchronize()
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer on PATH")
 def test_gpu_memory_is_not_overrun():
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    command = ["compute-sanitizer", "--error-exitcode", "7", sys.executable, "-c", SANITIZED]
+    command = ["compute-sanitizer", "--error-exitcode", "7", "--report-api-errors", "no"]
+    command += [sys.executable, "-c", SANITIZED]
     done = subprocess.run(command, check=False, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout[-3000:]
