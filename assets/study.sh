@@ -111,6 +111,17 @@ if [ $MORE = yes ]; then
         --out $run
     done
   done
+
+  # the kinds of sequences, on the same patients: spatial alone, with contrast, with semantic too
+  for mix in spatial=1 spatial=1,contrast=1 equal; do
+    part out/phantom/pre-$mix/metrics.json python pretrain.py --data data/phantom/corpus \
+      --mix $mix --steps "$SHORT" --val-every 250 --out out/phantom/pre-$mix
+    for seed in $SEEDS; do
+      run=out/phantom/mix-0.1/$mix-$seed
+      part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" \
+        --init out/phantom/pre-$mix/ckpt.pt --out $run
+    done
+  done
 fi
 
 for folder in $RUNS/*-*/ out/phantom/*/; do
