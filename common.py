@@ -212,7 +212,7 @@ def machine_flags(p, workers=8, kernels=True, compiled=False):
     if workers is not None:
         words = f"loader processes a rank (default: {workers} with CUDA, 0 without)"
         add("--workers", type=int, help=words)
-        words = f"torch.compile (default: {'with CUDA' if compiled else 'no'})"
+        words = f"torch.compile (default: {'where Triton runs' if compiled else 'no'})"
         add("--compile", action=argparse.BooleanOptionalAction, help=words)
 
 

@@ -131,11 +131,12 @@ def test_logits_have_a_class_a_voxel_and_every_weight_but_the_head_learns(patch,
     assert all(g.isfinite().all() for g in grads.values())
 
 
-CUDA = pytest.param("cuda", "inductor", marks=pytest.mark.gpu)
+CUDA = pytest.param("cuda", "inductor", 1e-3, marks=pytest.mark.gpu)
 
 
-@pytest.mark.parametrize("device, backend", [("cpu", "aot_eager"), CUDA])
-def test_network_compiles_as_one_graph(device, backend):
+@pytest.mark.parametrize("device, backend, error", [("cpu", "aot_eager", 1e-6), CUDA])
+def test_network_compiles_as_one_graph(device, backend, error, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as setup has it
     net, x = net_of(8).to(device), torch.rand(2, 16, 24, 16, device=device)
 
     def results():
@@ -148,7 +149,7 @@ def test_network_compiles_as_one_graph(device, backend):
     exact = results()
     net.compile(dynamic=False, fullgraph=True, backend=backend)
     for ours, other in zip(results(), exact, strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
+        torch.testing.assert_close(ours, other, rtol=error, atol=error * other.abs().max().item())
 
 
 def test_skips_are_blocks_3_6_9_and_the_norm_in_their_places_on_the_grid():

@@ -277,6 +277,7 @@ def test_prefix_zero_is_causal_and_the_loss_counts_targets_alone():
     errors, _ = model(volume, prefix, per_patch=True)
     target = standardise(patchify(volume, 4))[0]
     want = (pred - target).square().mean(-1)
+    assert loss.requires_grad and not pred.requires_grad
     assert (
         pred.shape == (2, 8, 64)
         and torch.allclose(errors[0], want[0])
