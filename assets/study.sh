@@ -5,6 +5,7 @@
 #   LABELS="0.1 0.2 1" DECODERS="light unetr" SEEDS="0 1 2 3 4" bash assets/study.sh
 #   RUNS=out/la-long STEPS=5000 TUNE=1200 DECODERS=unetr ARMS="scratch pre-16" MORE=no \
 #     HOW="--spacing 1.25 1.25 0.86 --augment strong" bash assets/study.sh
+#   NODULES=data/lidc/cases_7to14mm.csv CROPS=data/lidc/cases.csv bash assets/study.sh  # these too
 #
 # 80 atria without their labels to pre-train on, a few labels to fine-tune with, 20 to test on: the
 # usual split (train.list, test.list). Then the demo's made-up patients, a tenth of them with
@@ -24,6 +25,8 @@ MORE=${MORE:-yes}            # the ablations and the made-up patients, too
 GRID="--spacing 1.25 1.25 1.25"
 HOW=${HOW:-$GRID --augment standard}  # how to fine-tune
 RUNS=${RUNS:-out/la}         # a folder for each setting
+NODULES=${NODULES:-}         # a list file,label,split,patient, as finetune_cls.py takes it
+CROPS=${CROPS:-$NODULES}     # such a list, to pre-train on its split train without the labels
 
 part() {  # part RESULT COMMAND…: run it where there is no RESULT yet, and say how long it took
   local result=$1 start=$SECONDS
@@ -124,7 +127,41 @@ if [ $MORE = yes ]; then
   done
 fi
 
-for folder in $RUNS/*-*/ out/phantom/*/; do
+by_patient() {  # by_patient LIST FOLDER: links to the crops of its split train, a folder a patient
+  python - "$@" << 'END'
+import csv, sys
+from pathlib import Path
+
+listed, folder = map(Path, sys.argv[1:])
+for row in csv.DictReader(listed.open()):
+    if row["split"] == "train":
+        crop = (listed.parent / row["file"]).resolve()
+        link = folder / row["patient"] / crop.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(crop)
+END
+}
+
+if [ -n "$NODULES" ]; then
+  # real nodules: pre-training on the crops, then a tenth of the labels, and all of them
+  part data/nodules by_patient "$CROPS" data/nodules
+  part data/corpus-nodules/index.jsonl python serialize.py --spatial data/nodules \
+    --spacing 0.5 0.5 0.5 --out data/corpus-nodules
+  part out/nodules/pre/metrics.json python pretrain.py --data data/corpus-nodules --size nano \
+    --stride 16 --steps "$SHORT" --val-every 250 --out out/nodules/pre
+  for labels in 0.1 1; do
+    for seed in $SEEDS; do
+      for arm in scratch pretrained; do
+        init=$([ $arm = scratch ] && echo scratch || echo out/nodules/pre/ckpt.pt)
+        run=out/nodules/labels-$labels/$arm-$seed
+        part $run/metrics.json python finetune_cls.py --task mine --data "$NODULES" \
+          --labels $labels --seed "$seed" --init $init --out $run
+      done
+    done
+  done
+fi
+
+for folder in $RUNS/*-*/ out/phantom/*/ out/nodules/*/; do
   if compgen -G "$folder*/metrics.json" > /dev/null && [ ! -e "$folder/metrics.json" ]; then
     python eval.py table "$folder" --out "$folder/table"
   fi
