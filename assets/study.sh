@@ -7,10 +7,10 @@
 #     HOW="--spacing 1.25 1.25 0.86 --augment strong" bash assets/study.sh
 #   NODULES=data/lidc/cases_7to14mm.csv CROPS=data/lidc/cases.csv bash assets/study.sh  # these too
 #
-# 80 atria without their labels to pre-train on, a few labels to fine-tune with, 20 to test on: the
-# usual split (train.list, test.list). Then the demo's made-up patients, a tenth of them with
-# labels. Every part is left out where its result is there already, so the script can be stopped and
-# started again. It says how long each part took.
+# 80 atria without their labels to pre-train on (4 of them to validate), a few labels to fine-tune
+# with, 20 to test on: the usual split (train.list, test.list); they need h5py. Then the demo's
+# made-up patients, a tenth of them with labels. Every part is left out where its result is there
+# already, so the script can be stopped and started again. It says how long each part took.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -77,7 +77,8 @@ for seed in $SEEDS; do
 done
 
 if [ $MORE = yes ]; then
-  # the ablations: short pre-training, one thing changed, then a decoder on the frozen encoder
+  # the ablations: short pre-training, one thing changed, then a decoder on the frozen encoder (the
+  # random one's with the weight decay of training from scratch)
   part $RUNS/codes/metrics.json python tokenize_vq.py --size nano --data data/corpus-la \
     --stride 16 --out $RUNS/codes
   for arm in plain causal image overlap codes random; do
@@ -101,13 +102,15 @@ if [ $MORE = yes ]; then
   done
 
   # made-up patients: 15 organs, and nodules of two classes
-  part out/pretrain/metrics.json python pretrain.py
+  part data/phantom/corpus/index.jsonl python serialize.py --phantom
+  part out/phantom/pre/metrics.json python pretrain.py --data data/phantom/corpus --size nano \
+    --out out/phantom/pre
   for seed in $SEEDS; do
     for arm in scratch pretrained; do
-      init=$([ $arm = scratch ] && echo scratch || echo out/pretrain/ckpt.pt)
+      init=$([ $arm = scratch ] && echo scratch:nano || echo out/phantom/pre/ckpt.pt)
       run=out/phantom/organs-0.1/$arm-$seed
-      part $run/metrics.json python finetune_seg.py --task phantom --labels 0.1 --seed "$seed" \
-        --init $init --out $run
+      part $run/metrics.json python finetune_seg.py --task phantom --preset nano --labels 0.1 \
+        --seed "$seed" --init $init --out $run
       part $run/eval-seg/metrics.json python eval.py seg --ckpt $run/ckpt.pt
       run=out/phantom/nodules-0.1/$arm-$seed
       part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init \
@@ -118,7 +121,7 @@ if [ $MORE = yes ]; then
   # the kinds of sequences, on the same patients: spatial alone, with contrast, with semantic too
   for mix in spatial=1 spatial=1,contrast=1 equal; do
     part out/phantom/pre-$mix/metrics.json python pretrain.py --data data/phantom/corpus \
-      --mix $mix --steps "$SHORT" --val-every 250 --out out/phantom/pre-$mix
+      --size nano --mix $mix --steps "$SHORT" --val-every 250 --out out/phantom/pre-$mix
     for seed in $SEEDS; do
       run=out/phantom/mix-0.1/$mix-$seed
       part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" \
@@ -128,7 +131,7 @@ if [ $MORE = yes ]; then
 fi
 
 by_patient() {  # by_patient LIST FOLDER: links to the crops of its split train, a folder a patient
-  python - "$@" << 'END'
+  python - "$1" "$2.part" << 'END'
 import csv, sys
 from pathlib import Path
 
@@ -140,19 +143,21 @@ for row in csv.DictReader(listed.open()):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(crop)
 END
+  mv "$2.part" "$2"
 }
 
 if [ -n "$NODULES" ]; then
   # real nodules: pre-training on the crops, then a tenth of the labels, and all of them
+  rm -rf data/nodules.part  # of a run that was stopped
   part data/nodules by_patient "$CROPS" data/nodules
   part data/corpus-nodules/index.jsonl python serialize.py --spatial data/nodules \
-    --spacing 0.5 0.5 0.5 --out data/corpus-nodules
+    --patient "data/nodules/([^/]+)/" --spacing 0.5 0.5 0.5 --out data/corpus-nodules
   part out/nodules/pre/metrics.json python pretrain.py --data data/corpus-nodules --size nano \
     --stride 16 --steps "$SHORT" --val-every 250 --out out/nodules/pre
   for labels in 0.1 1; do
     for seed in $SEEDS; do
       for arm in scratch pretrained; do
-        init=$([ $arm = scratch ] && echo scratch || echo out/nodules/pre/ckpt.pt)
+        init=$([ $arm = scratch ] && echo scratch:nano || echo out/nodules/pre/ckpt.pt)
         run=out/nodules/labels-$labels/$arm-$seed
         part $run/metrics.json python finetune_cls.py --task mine --data "$NODULES" \
           --labels $labels --seed "$seed" --init $init --out $run
