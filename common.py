@@ -45,20 +45,24 @@ class BadInput(ValueError):
     """The user's input is at fault: the message names file or flag, value and remedy."""
 
 
+class Unwritable(Exception):
+    """A file cannot be written: no fault of a scan, which could be left out."""
+
+
 def cli(main):
-    """Run a script's main(): one line and exit code 2 for BadInput and a GPU's full memory, 130 for
-    Ctrl-C.
+    """Run a script's main(): one line and exit code 2 for BadInput, Unwritable and a GPU's full
+    memory, 130 for Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):  # file names may hold any byte
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (BadInput, torch.OutOfMemoryError) as e:
+    except (BadInput, Unwritable, torch.OutOfMemoryError) as e:
         rank = told("RANK")
         prefix = f"error (rank {rank})" if rank else "error"
         words = str(e)[:4000].replace("\n", " ")  # whatever the names and values in it
-        if not isinstance(e, BadInput):
-            words += " A smaller --micro takes less, --recompute (pretrain.py) too"
+        if isinstance(e, torch.OutOfMemoryError):
+            words += " A smaller --micro takes less where there is one, --recompute (pretrain) too"
         print(f"{prefix}: {words}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -103,7 +107,7 @@ def write_beside(path):
 
 def unwritable(path, e):
     full = "disk full: " * (e.errno == errno.ENOSPC)
-    return BadInput(f"{path}: cannot be written ({full}{e.strerror or e})")
+    return Unwritable(f"{path}: cannot be written ({full}{e.strerror or e})")
 
 
 def to_json(value, indent=None):
@@ -225,7 +229,7 @@ def training_flags(p, out, every, **machine):
     add("--out", default=None if "TASK" in out else out, help=f"folder (default {out})")
     add("--resume", action="store_true", help="go on with the run in --out (on CPUs bitwise)")
     add("--stop-after", type=int, metavar="N", help="save and leave after N steps")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all random choices (default 0)")
     machine_flags(p, **machine)
     add = p.add_argument_group("reports").add_argument
     add("--log-every", type=int, default=10, help="steps (default 10)")

@@ -8,7 +8,8 @@
     python eval.py table out/*                                      # fine-tuning runs, paired tests
     python eval.py --ckpt FILE                                      # the sub-command that fits it
 
-Each leaves its figures in a folder beside the checkpoint (--out): metrics.json, CSV files, PNGs.
+Each leaves its figures in a folder beside the checkpoint (--out): metrics.json, CSV files, PNGs
+(predict: label maps; table: in out/table).
 
 Surface scores (seg), on the scan's own grid and on the resampled one (published). The surface of a
 mask is its voxels with a face neighbour outside of it (or of the volume); distances are between
@@ -119,6 +120,7 @@ from model import (
     standardise,
     to_unit,
     unpatchify,
+    untrained,
 )
 from pretrain import trivial_errors
 from serialize import (
@@ -214,14 +216,16 @@ def main():
             q.add_argument("--ckpt", required=True, help="checkpoint of the network")
             machine_flags(q, workers=None)
             size_flag(q.add_argument)
-    words = sys.argv[1:]
-    if "--ckpt" in words[:-1] and not {*words} & {*FLAGS}:  # no command: the one that fits
-        path = words[words.index("--ckpt") + 1]
+    words, finder = sys.argv[1:], ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--ckpt")
+    path = finder.parse_known_args(words)[0].ckpt
+    if path and words[0] not in FLAGS:  # no command: the one that fits
         kind = load_checkpoint(path).get("format")
         if kind not in FITS:
             raise BadInput(f"{path}: its format {kind!r} says no sub-command; name one")
         words = [FITS[kind], *words]
     args = p.parse_args(words)
+    check_least(args, seed=0)
     run = vars(args).pop("run")
     folder = Path(args.ckpt).parent / f"eval-{run.__name__}" if "ckpt" in args else "out/table"
     run(args, Path(args.out or folder))
@@ -859,7 +863,7 @@ def table(args, out):
         words = f"{' '.join(args.runs)}: no finished fine-tuning run in it"
         raise BadInput("\n".join([words, *notes]))
     cells, rows, tests, classes = defaultdict(list), [], [], []
-    for r in sorted(runs, key=lambda r: (r["cell"][:3], "scratch" not in r["cell"][3])):
+    for r in sorted(runs, key=lambda r: (r["cell"][:3], not untrained(r["cell"][3].split(",")[0]))):
         cells[r["cell"]].append(r)
     for cell, of in cells.items():
         row = dict(zip(CELL, cell))

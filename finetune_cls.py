@@ -70,6 +70,7 @@ from model import (
     grid_of,
     layer_decay_groups,
     new_encoder,
+    untrained,
 )
 from phantom import draw_planes, write_phantom
 from serialize import (
@@ -133,7 +134,7 @@ def parser():
         "--data",
         help="""nodule: nodulemnist3d.npz or its folder (28³ before 64³); ricord: the folder that
         the lists' paths start from; mine: a CSV with the columns file,label,split[,patient]
-        (default data/TASK, data/mine.csv)""",
+        (default data/TASK, data/mine.csv; made-up ones in data/phantom)""",
     )
     add("--lists", nargs=3, help="ricord: train, val, test; lines FILE LABEL (default in --data)")
     add("--patient", help="a patient's pattern in a path (default RICORD's names; else the file's)")
@@ -160,21 +161,19 @@ def parser():
     return p
 
 
-def settle(args, machine):
+def settle(args, state, machine):
     """Fill in what was not given, in place, and check it; returns the task, one of TASKS.
 
     What depends on the number of cases comes later.
     """
-    if args.init == "scratch":
-        args.init = f"scratch:{'base' if machine.cuda else 'nano'}"
-    config = new_encoder(args.init, None, machine).config
+    config = first_encoder(args, state, machine).config
     task = TASKS[args.task]
     recipe, volume = task["recipe"], task["volume"]
     if config.width == SIZES["nano"]["width"]:
         recipe, volume = "nano", task["nano"]
     if args.freeze:
         fill(args, {"lr": 1e-3})
-    if recipe == "ricord" and args.init.startswith("scratch:"):
+    if recipe == "ricord" and untrained(args.init):
         fill(args, {"lr": 1e-5, "wd": 1e-4})  # published: what differs without pre-training
     given = {"volume": volume, "range": task["range"], "workers": 8 if machine.cuda else 0}
     fill(args, USUAL | RECIPES[recipe] | given)
@@ -216,7 +215,7 @@ def main():
     args, state = resumed(p, args, args.out, CLASSIFIER)
     out = Path(args.out)
     machine = setup(args)
-    task = settle(args, machine)
+    task = settle(args, state, machine)
 
     # data
     args.data = data_of(args.task, args.data, machine)
@@ -230,6 +229,9 @@ def main():
     counts = np.bincount(column(train, "label"), minlength=K)
     if not counts.all():
         raise BadInput(f"--labels {args.labels}: leaves {counts} training cases of {classes}")
+    drawn = column(train, "voxels").tolist()
+    if state and state.get("train", drawn) != drawn:
+        raise BadInput(f"--data {args.data}: other cases than the run to resume trains on")
     machine.say(f"{len(train)} training cases, {counts} of {', '.join(classes)}")
     weights = (len(train) / (K * counts)) ** args.class_weights  # False: all 1
     weights = torch.from_numpy(weights).float().to(machine.device)
@@ -239,7 +241,7 @@ def main():
 
     # model, optimiser
     torch.manual_seed(args.seed)
-    encoder = new_encoder(args.init, None, machine).requires_grad_(not args.freeze)
+    encoder = first_encoder(args, state, machine).requires_grad_(not args.freeze)
     encoder.head.requires_grad_(False)  # predicts patches, is not used here
     choose_kernels(encoder, args, machine)
     model = Classifier(encoder, K, args.pool).to(machine.device)
@@ -257,6 +259,7 @@ def main():
     def save(name, **more):
         more |= {"format": CLASSIFIER, "config": asdict(encoder.config)}
         more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
+        more |= {"train": drawn}
         log.save(name, **more)
 
     def validate_at(step):
@@ -582,6 +585,13 @@ class Stream:
 
 
 # ---- the classifier --------------------------------------------------------------------------
+
+
+def first_encoder(args, state, machine):
+    """The encoder of --init, or one as in the run to resume, whose weights come later."""
+    if state:
+        return Model(config_of(Config, state, args.out))
+    return new_encoder(args.init, "base" if machine.cuda else "nano", machine)
 
 
 class Classifier(nn.Module):

@@ -75,6 +75,7 @@ from model import (
     grid_of,
     layer_decay_groups,
     new_encoder,
+    untrained,
 )
 from phantom import write_phantom
 from serialize import (
@@ -168,15 +169,16 @@ def task_of(source, classes, intensity_range, spacing, **more):
     return {"classes": classes and classes.split(", "), **row, **more}
 
 
+HALF = {"epochs": 500, "warmup": 0.1, "vals": 10}  # warm-up and intervals as of 1000
 TASKS = {
     "amos": task_of(AMOS, AMOS_ORGANS, [-175, 250], [1.5, 1.5, 2], mr_after=500),
     "liver": task_of(f"Task03_Liver {MSD}", "liver, cancer", [-21, 189], [1, 1, 1]),
     "lung": task_of(f"Task06_Lung {MSD}", "cancer", [-1000, 1000], [1, 1, 1]),
     "pancreas": task_of(
-        f"Task07_Pancreas {MSD}", "pancreas, cancer", [-87, 199], [1, 1, 1.5], epochs=500
+        f"Task07_Pancreas {MSD}", "pancreas, cancer", [-87, 199], [1, 1, 1.5], **HALF
     ),
     "hepaticvessel": task_of(
-        f"Task08_HepaticVessel {MSD}", "vessel, tumour", [0, 230], [1, 1, 1.5], epochs=500
+        f"Task08_HepaticVessel {MSD}", "vessel, tumour", [0, 230], [1, 1, 1.5], **HALF
     ),
     "spleen": task_of(f"Task09_Spleen {MSD}", "spleen", [-57, 175], [1, 1, 1]),
     "colon": task_of(f"Task10_Colon {MSD}", "colon cancer primaries", [-57, 175], [1, 1, 1.5]),
@@ -212,7 +214,7 @@ def parser():
     add("--preset", choices=[*PRESETS], help="(default: published with CUDA, nano without)")
     words = "edges of a crop in voxels, one or three (published: 96; la 192 192 64; nano 64)"
     add("--roi", nargs="+", type=int, help=words)
-    words = "published: standard (flips, rotations by 90°, intensities); la strong"
+    words = "published: standard (flips, 90°, intensities; nano: intensities alone); la strong"
     add("--augment", choices=["none", "standard", "strong"], help=words)
     words = "(published: 1000 epochs; pancreas, hepaticvessel 500; quick 6000 steps; nano 700)"
     add("--steps", type=int, help=words)
@@ -240,7 +242,7 @@ def settle(args, machine):
         machine.say(f"--init {args.init} ({PRETRAINED} where it is there)")
     fill(args, PRESETS[args.preset])
     fill(args, TASKS.get(args.task, OWN_TASK))
-    if args.init.startswith("scratch"):
+    if untrained(args.init):
         fill(args, SCRATCH)
     fill(args, PUBLISHED | {"data": f"data/{args.task}", "compile": not hindrance(machine.device)})
     fill(args, {"workers": 4 if machine.cuda else 0})
@@ -411,7 +413,8 @@ CONTENTS = {"labels": dict, "training": list, "validation": list}  # of dataset.
 
 def make_phantom(task, data, machine):
     """If the task is the phantom and is not there, rank 0 makes it. All ranks must call this."""
-    if machine.main and task == "phantom" and not Path(data, "dataset.json").exists():
+    there = Path(data, "dataset.json").exists() or Path(data).name != "amos"
+    if machine.main and task == "phantom" and not there:
         machine.say(f"making phantom patients in {data}")
         write_phantom(Path(data).parent, parts=("amos",))
     machine.barrier()

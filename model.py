@@ -184,10 +184,10 @@ class Model(nn.Module):
     def initialise(self):
         """As published: Xavier uniform, biases zero.
 
-        # departs: below ViT-B the branches that add to the residual stream are scaled by 1/√(2L),
-        # and the embedding starts nearly blind to a patch's brightness, which drowns the texture
-        # that is to be predicted; at the contrast inside patches (about 0.1) it is as large as the
-        # positions. So a nano model learns in minutes.
+        # departs: below ViT-B it is Xavier normal, the head and the branches that add to the
+        # residual stream are scaled by 1/√(2L), and the embedding starts nearly blind to a patch's
+        # brightness, which drowns the texture that is to be predicted; at the contrast inside
+        # patches (about 0.1) it is as large as the positions. So a nano model learns in minutes.
         """
         c = self.config
         nn.init.normal_(self.begin, std=0.02)
@@ -311,12 +311,16 @@ def choose_kernels(model, args, machine):
 # ---- fine-tuning -----------------------------------------------------------------------------
 
 
+def untrained(init):
+    """Whether --init is scratch or scratch:SIZE, not a file."""
+    return init.partition(":")[0] == "scratch"
+
+
 def new_encoder(init, size, machine):
     """The encoder that --init names: a file, or scratch[:SIZE] (by default `size`), untrained."""
-    name, _, wanted = init.partition(":")
-    if name != "scratch":
+    if not untrained(init):
         return load_pretrained(init)
-    size = wanted or size
+    size = init.partition(":")[2] or size
     if size not in SIZES:
         raise BadInput(f"--init {init}: scratch, scratch:SIZE of {', '.join(SIZES)}, or a file")
     machine.say(f"--init {init}: an untrained encoder of size {size}")
@@ -429,7 +433,7 @@ def from_published(theirs, heads, path):
     try:
         C, _, *P = theirs["model.patchifier.proj.weight"].shape
         if len(set(P)) != 1:
-            raise BadInput(f"{path}: patches of {P} voxels; only cubes are known here")
+            raise ValueError(f"patches of {P} voxels; only cubes are known here")
         # row 2 is an end token that no loss ever reached
         ours["begin"] = theirs.pop("model.embed_tokens.weight")[1]
         ours["embed.weight"] = theirs.pop("model.patchifier.proj.weight").reshape(C, -1)
@@ -446,6 +450,8 @@ def from_published(theirs, heads, path):
         ours["embed.bias"] = theirs.pop("model.patchifier.proj.bias")
     except KeyError as e:
         raise BadInput(f"{path}: the published weights lack {e.args[0]}") from None
+    except (ValueError, IndexError, RuntimeError) as e:
+        raise BadInput(f"{path}: not as the published weights: {e}") from None
     if theirs:
         names = ", ".join(sorted(theirs)[:4])
         raise BadInput(f"{path}: {len(theirs)} weights that nothing here uses: {names}")

@@ -6,8 +6,8 @@ classes, lungs with and without opacities.
     python phantom.py --out /tmp/p --picture phantom.png    # the same, and a contact sheet of them
 
 The same seed gives the same voxels whatever the number of workers. Files that are there are kept, a
-part that is complete is left alone. Nothing here is a patient: results on it say that the code
-runs, not that it heals.
+part that is complete is left alone (brats is drawn again, not written). Nothing here is a patient:
+results on it say that the code runs, not that it heals.
 
 How a patient is made: all organs are ellipsoids, or tubes of balls, in a standard patient (mm; x to
 the right, y to the front, z to the head: RAS+). Every patient has them in another size at another
@@ -29,6 +29,7 @@ from scipy.spatial.transform import Rotation
 
 from common import (
     BadInput,
+    check_least,
     cli,
     figure_of,
     parallel,
@@ -103,6 +104,7 @@ def main():
     p.add_argument("--workers", type=int, help="processes (default: one a core)")
     p.add_argument("--picture", metavar="FILE.png", help="draw a contact sheet of what was made")
     args = p.parse_args()
+    check_least(args, seed=0)
     folders = write_phantom(args.out, args.parts, args.seed, args.workers)
     if args.picture:
         draw(folders, args.picture)

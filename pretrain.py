@@ -494,7 +494,8 @@ def draw_losses(out, rivals):
 def draw_samples(path, model, data, tokenizer, machine):
     """A sequence of each kind: truth, what the prefix shows, each next patch from the true ones.
 
-    A predicted patch has its own mean and scale; where codes are predicted, they are decoded.
+    A predicted patch gets the true one's mean and scale; where codes are predicted, they are
+    decoded.
     """
     names = ["truth: the middle slice of each sub-image", "what the prefix shows"]
     if tokenizer is not None:
@@ -536,9 +537,10 @@ def predicted_views(model, b, tokenizer, machine):
 def memory_of(model, G, args, micro):
     """Bytes on a GPU: 16 a weight (it, its gradient, AdamW's moments), and a pass of `micro`.
 
-    36 bytes a channel, token and block were counted in the code that Inductor generates for bf16
-    with the kernels (10.7 GiB of ViT-B, 31.8 of ViT-L, 72 sequences); 4 are the residual stream,
-    all that --recompute keeps of a block. Predictions (6 an output) and voxels (4) are estimates.
+    34 and 38 bytes a channel, token and block were counted in the code that Inductor generates for
+    bf16 with the kernels (10.7 GiB of ViT-B, 31.8 of ViT-L, 72 sequences), 36 are taken; 4 are the
+    residual stream, all that --recompute keeps of a block. Predictions (6 an output) and voxels (4)
+    are estimates.
     """
     c = model.config
     blocks = 36 + 4 * c.layers if args.recompute else 36 * c.layers

@@ -8,7 +8,7 @@
     python serialize.py --bench         # the same of noise in full size: 40 seconds, 0.7 GB
     python serialize.py --spatial data/amos --check   # what would be read, and what not and why
     python serialize.py --out data/corpus --check     # whether every array is as it was written
-    python serialize.py --audit data/corpus data/msd  # which test scans were pre-trained on
+    python serialize.py --audit data/corpus --against data/msd  # test scans pre-trained on
 
 Run it again to add scans, or to go on after a stop: what the corpus already holds is not read
 again. A corpus is
@@ -109,10 +109,10 @@ def flags():
     )
     add("--spacing", nargs=3, type=float, metavar="MM", help="of what is stored (default: its own)")
     add("--workers", type=int, help="processes (default: one a core)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the split and of made-up patients (default 0)")
     add("--check", action="store_true", help="of the scans named, or of a corpus: what is amiss")
-    words = "tell which scans of DATA are in a corpus, by their voxels and by patient"
-    add("--audit", nargs=2, metavar=("CORPUS", "DATA"), help=words)
+    add("--audit", metavar="CORPUS", help="tell which scans of --against are in it")
+    add("--against", metavar="DATA", help="by their voxels, and by patient")
     add = p.add_argument_group("sequences, for --inspect and --bench").add_argument
     add("--inspect", action="store_true", help="draw the token order; print the copyable share")
     add(
@@ -166,6 +166,8 @@ def settle(args):
             "nothing to do: name scans (--spatial, --contrast, --semantic), --phantom, --inspect, "
             "--bench, --check or --audit"
         )
+    if args.audit and not args.against:
+        raise BadInput(f"--audit {args.audit}: name the scans, --against DATA")
     if args.phantom and (args.scans or args.out):
         raise BadInput(
             "--phantom has a folder of its own: leave out --out, --spatial, --contrast and "
@@ -182,7 +184,8 @@ def main():
     if args.phantom:
         args.out = ensure_phantom(args.seed, args.workers)
     if args.audit:
-        return audit(*map(Path, args.audit), args.exclude, args.patient, args.workers)
+        named = Path(args.audit), Path(args.against)
+        return audit(*named, args.exclude, args.patient, args.workers)
     if args.scans:
         jobs = collect(  # and what is left out
             args.spatial or [], args.contrast or [], args.semantic, args.exclude, args.patient
@@ -299,19 +302,19 @@ def check_size(shape):
 
 def check_memory(shape):
     """BadInput if there are more voxels than --largest, or than the memory holds as float32."""
-    most, free = float(os.environ.get(LARGEST, "512")), free_memory()
-    if math.prod(map(int, shape)) > min(most * 2**20, free / 4):
+    most, memory = float(os.environ.get(LARGEST, "512")), machine_memory()
+    if math.prod(map(int, shape)) > min(most * 2**20, memory / 4):
         raise BadInput(
             f"{text_of(shape)} voxels: more than the {most:g} Mvoxels of --largest, or than the "
-            f"{free / 1e9:.1f} GB of free memory hold as float32; its header may be wrong (sizes, "
+            f"{memory / 1e9:.1f} GB of memory hold as float32; its header may be wrong (sizes, "
             "units), or --spacing too fine"
         )
 
 
-def free_memory():
-    """Bytes that programs can still have, where the system says so (Linux does)."""
+def machine_memory():
+    """Bytes that the machine has, where the system says so (Linux does)."""
     facts = Path("/proc/meminfo")
-    found = facts.exists() and re.search(r"MemAvailable: *(\d+)", facts.read_text())
+    found = facts.exists() and re.search(r"MemTotal: *(\d+)", facts.read_text())
     return 1024 * int(found[1]) if found else math.inf
 
 
@@ -660,12 +663,13 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
         if time.monotonic() - saved > 10:  # a kill costs ten seconds of work
             write_index(out, rows, part)
             saved = time.monotonic()
+    write_skipped(out / "skipped.csv", skipped, jobs.values())
     if not rows:
-        first = f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise BadInput(f"none of the files could be used, {len(skipped)} skipped{first}")
+        last = "".join(f"; the last: {scan}: {reason}" for scan, reason in skipped[-1:])
+        words = f"none of the files could be used, {len(skipped)} skipped ({out}/skipped.csv)"
+        raise BadInput(words + last)
     write_index(out, split_by_patient(rows, val, seed))
     (out / part).unlink(missing_ok=True)
-    write_skipped(out / "skipped.csv", skipped, jobs.values())
     summarise(rows, skipped, out, say)
     return rows
 
@@ -980,11 +984,14 @@ def audit(corpus, data, exclude, patient, workers):
     often, found = Counter(map(stem_of, scans)), Counter()
     for scan, own in zip(scans, parallel(hashes_of, scans, workers, "reading scans")):
         who = patient_of(scan, data, often[stem_of(scan)] > 1, patient)
-        same = [hashes[h] for h in own if h in hashes]
-        what = "voxels" if same else "name" if who in names else "none" if own else "unreadable"
+        fault = own if isinstance(own, str) else None
+        same = [] if fault else [hashes[h] for h in own if h in hashes]
+        what = "voxels" if same else "name" if who in names else "unreadable" if fault else "none"
         found[what] += 1
         if what in ("voxels", "name"):
             print(f"{scan}: the same {what} as {same[0] if same else names[who]}")
+        elif fault:
+            print(f"{scan}: {fault}")
     print(
         f"{len(scans)} scans of {data}: {found['voxels']} are in {corpus} voxel for voxel, "
         f"{found['name']} by name alone, {found['unreadable']} could not be read"
@@ -992,7 +999,7 @@ def audit(corpus, data, exclude, patient, workers):
 
 
 def hashes_of(path):
-    """In a worker: as `store_array` has them, of each frame; none where it cannot be read."""
+    """In a worker: as `store_array` has them, of each frame; or why it cannot be read, a text."""
     try:
         if suffix_of(path) == ".npz":  # of MedMNIST: what it is tested on
             values, _ = because(read_npz, path, "test_images")
@@ -1000,8 +1007,8 @@ def hashes_of(path):
             values, _, _ = read_scan(path)
         frames = np.moveaxis(values.reshape(*values.shape[:3], -1), 3, 0)
         return [digest(to_int16(frame)[0], 16) for frame in frames]
-    except (BadInput, MemoryError):
-        return []
+    except (BadInput, MemoryError) as e:
+        return str(e) or "not enough memory"
 
 
 # ---- splits ----------------------------------------------------------------------------------
@@ -1245,7 +1252,7 @@ def intensity_range(crop):
 def parse_mix(text, have):
     """--mix published, equal or spatial=2,contrast=1,semantic=1 -> {kind: weight}.
 
-    have: {kind: scans, patients or lesion types}, which the published counts are of.
+    have: {kind: scans, cases or lesion types}, which the published counts are of.
     """
     if text == "published":
         return {k: PUBLISHED[k] * n for k, n in have.items()}
@@ -1321,7 +1328,7 @@ def ensure_phantom(seed=0, workers=None, say=print):
 
 def inspect(data, patch, order, out):
     """Print the copyable share; draw a sequence of each kind, its patches numbered as tokens."""
-    for stride in (data.size // 16, data.size // 4):
+    for stride in sorted({data.size // 16, data.stride, data.size // 4}):
         tokens, voxels = copyable(data.size, patch, data.images, stride)
         print(
             f"--stride {stride:2}: {tokens:5.1%} of the tokens and {voxels:5.1%} of the voxels of "

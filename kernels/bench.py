@@ -40,6 +40,7 @@ from common import (
     draw_curves,
     machine_flags,
     setup,
+    write_beside,
     write_table,
 )
 from kernels import plain
@@ -126,7 +127,8 @@ def first_hour(out):
         minutes = (time.perf_counter() - start) / 60
         table += f"| {name} | {process.returncode} | {minutes:.1f} |\n"
         said += f"\n### {name}\n\n```\n{''.join(lines[-80:])}```\n"
-        (out / "first-hour.md").write_text(table + said)
+        with write_beside(out / "first-hour.md") as tmp:
+            tmp.write_text(table + said)
     print(f"wrote {out / 'first-hour.md'}")
 
 

@@ -17,6 +17,7 @@ from common import (
     BadInput,
     Log,
     Loop,
+    Unwritable,
     batches,
     cli,
     cosine_lr,
@@ -203,7 +204,7 @@ def test_checkpoints_are_written_from_a_copy_and_their_faults_are_told(tmp_path)
         state = load_checkpoint(tmp_path / f"{n}.pt", "x")
         assert state["step"] == n and state["inside"][0]["w"].tolist() == [n + 1] * 3
     log.save("0.pt/x.pt", format="x")
-    with pytest.raises(BadInput, match="0.pt/x.pt: cannot be written"):
+    with pytest.raises(Unwritable, match="0.pt/x.pt: cannot be written"):
         log.wait()
     log.wait()
 

@@ -254,12 +254,13 @@ def test_seg_scores_both_grids_in_one_pass(go, threshold, tmp_path):
 
 
 def test_a_real_segmenter_is_scored_by_its_checkpoint_alone(go, tmp_path):
+    torch.manual_seed(0)
     net = Segmenter(Model(Config(width=24, layers=4, heads=2, patch=8)), 3, 4)
     setting = {**SETTING, "data": str(tmp_path / "set"), "overlap": 0.0}
     kept = {"config": vars(net.encoder.config), "setting": setting, "model": net.state_dict()}
     save_checkpoint(tmp_path / "best.pt", format=SEGMENTER, **kept)
     write_set(tmp_path / "set", 2)
-    go("--ckpt", tmp_path / "best.pt", "--split", "all", "--dtype", "fp32")
+    go(f"--ckpt={tmp_path}/best.pt", "--split", "all", "--dtype", "fp32")
     m = metrics_in(tmp_path / "eval-seg")
     assert [r["cases"] for r in m["rows"]] == [2] * 6 and m["args"]["overlap"] == 0
     assert 0 <= m["rows"][2]["dice"]["value"] < 0.6

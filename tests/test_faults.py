@@ -15,9 +15,11 @@ import pytest
 import torch
 from test_finetune_seg import SMALL, patient, save
 
+import finetune_cls
 import finetune_seg
 import pretrain
-from common import cli, load_checkpoint, read_log
+import serialize
+from common import Unwritable, cli, load_checkpoint, read_log
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
@@ -306,6 +308,24 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(phantom_home, tmp_pat
     line = the_line(end(start(phantom_home, *flags, limit="ulimit -f 2000"), 2))
     assert f"{tmp_path}/ckpt.pt: cannot be written" in line
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not [*tmp_path.glob(".tmp*")]
+
+
+def test_what_cannot_be_written_is_no_fault_of_a_scan(tmp_path, monkeypatch):
+    """A full disk must not look like a data set with fewer cases."""
+    image, label = tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"
+    for path, values in zip((image, label), patient(0)):
+        save(path, values)
+    (tmp_path / "file").write_text("where a folder would be made")
+    monkeypatch.setattr(finetune_cls, "CACHE", tmp_path / "file/cache")
+    job = serialize.job_of("spatial", image, "p") | {"out": tmp_path / "file/corpus"}
+    case = {"image": str(image), "label": str(label), "path": f"{tmp_path}/file/cache/case"}
+    for attempt in (
+        lambda: serialize.store(job | {"stamp": 0, "spacing": None}),
+        lambda: finetune_seg.prepare_case(case | {"how": [3, None, [0, 100]]}),
+        lambda: finetune_cls.prepare_whole({"source": image}, (16, 16, 16), None),
+    ):
+        with pytest.raises(Unwritable, match="file/.*: cannot be written"):
+            attempt()
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(

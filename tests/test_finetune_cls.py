@@ -220,6 +220,7 @@ def test_scans_are_turned_to_ras_mapped_and_resized(tmp_path, monkeypatch):
 def test_a_run_resumes_bitwise_and_looks_at_the_test_set_last(go, tmp_path, monkeypatch, capsys):
     data = make_npz(tmp_path / "n.npz")
     flags = [*SMALL, "--task", "nodule", "--data", data, "--steps", 10, "--lr", 2e-3]
+    flags += ["--init", "scratch"]  # which means nano here, and is what the run to resume has
     seen, real = [], cls.predict_probs
 
     def watched(net, cases, machine):
@@ -243,10 +244,12 @@ def test_a_run_resumes_bitwise_and_looks_at_the_test_set_last(go, tmp_path, monk
     assert m["shortcut"]["features"] == 11  # of the histogram; the headers are all the same
 
     # stopped and resumed: the same, bit by bit; reading is from the cache
+    with pytest.raises(BadInput, match="other cases than the run to resume"):
+        go("--resume", "--out", "whole", "--data", make_npz(tmp_path / "other.npz", (21, 8, 12)))
     monkeypatch.setattr(cls, "resize_whole", lambda *a: pytest.fail("resized again"))
     go(*flags, "--out", "half", "--stop-after", 5)
     assert not (half / "metrics.json").exists()
-    go("--resume", "--out", "half")
+    go(*flags, "--resume", "--out", "half")
     for name in ("ckpt.pt", "best.pt"):
         assert same(weights(whole / name), weights(half / name))
     logs = [read_log(p / "log.jsonl") for p in (whole, half)]

@@ -390,12 +390,13 @@ def test_a_corpus_is_checked_and_audited(tmp_path, run):
     same = write(data / "imagesTr/spleen_2.nii.gz", np.diag([-1, 1, 1, 1]), flipped)
     named = write(data / "imagesTr/sub-02_mr.nii.gz")
     other = write(data / "imagesTr/spleen_3.nii.gz")
-    write(data / "imagesTr/spleen_6.nii.gz").write_bytes(b"half a scan")
+    half = write(data / "imagesTr/spleen_6.nii.gz")
+    half.write_bytes(b"half a scan")
     write(data / "labelsTr/spleen_2.nii.gz")
-    told = run("--audit", corpus, data)
+    told = run("--audit", corpus, "--against", data)
     assert f"{same}: the same voxels as {scans[1]}\n" in told
     assert f"{named}: the same name as {scans[2]}\n" in told
-    assert f"{other}:" not in told
+    assert f"{other}:" not in told and f"{half}: unreadable: " in told
     words = f"1 are in {corpus} voxel for voxel, 1 by name alone, 1 could not be read"
     assert f"4 scans of {data}: {words}" in told
 

@@ -21,6 +21,7 @@ from model import (
     to_unit,
     token_order,
     unpatchify,
+    untrained,
 )
 
 TINY = {"width": 48, "layers": 2, "heads": 2, "patch": 4}
@@ -123,6 +124,8 @@ def test_every_published_key_is_accounted_for(published, tmp_path):
         lambda sd: sd.update({"model.norm.bias": torch.ones(7)}),
         r"norm.bias \(7,\) \(needed \(48,\)\)",
     )
+    row = {"model.embed_tokens.weight": torch.ones(1, 48)}
+    refused(lambda sd: sd.update(row), "not as the published weights: index 1")
 
 
 def test_our_checkpoint_round_trip_and_refusals(tmp_path):
@@ -393,5 +396,6 @@ def test_an_encoder_from_scratch_or_from_a_file(published):
     assert new_encoder("scratch", "nano", Quiet).config.width == 192
     assert new_encoder("scratch:small", "nano", Quiet).config.width == 384
     assert new_encoder(str(published), "nano", Quiet).config.width == 48
+    assert untrained("scratch:small") and not untrained("scratch/pretrain/ckpt.pt")
     with pytest.raises(BadInput, match="scratch:SIZE"):
         new_encoder("scratch:tiny", "nano", Quiet)

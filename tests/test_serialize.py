@@ -139,7 +139,7 @@ def test_to_int16_is_exact_for_whole_numbers(dtype):
 
 
 def test_a_scan_is_checked_against_a_limit_and_the_memory(tmp_path, monkeypatch):
-    assert 0 < serialize.free_memory()
+    assert 0 < serialize.machine_memory()
     monkeypatch.setenv(serialize.LARGEST, "512")  # and so put back
     ramps(tmp_path / "s", 11, 11)
     words = ["serialize.py", "--spatial", tmp_path / "s", "--out", tmp_path / "c", "--workers=2"]
@@ -148,8 +148,8 @@ def test_a_scan_is_checked_against_a_limit_and_the_memory(tmp_path, monkeypatch)
         serialize.main()
     serialize.set_largest("1")
     serialize.check_memory((100, 1024, 10))
-    monkeypatch.setattr(serialize, "free_memory", lambda: 4e6)
-    with pytest.raises(BadInput, match="0.0 GB of free memory.*header.*--spacing"):
+    monkeypatch.setattr(serialize, "machine_memory", lambda: 4e6)
+    with pytest.raises(BadInput, match="0.0 GB of memory.*header.*--spacing"):
         serialize.check_memory((100, 1024, 10))
 
 
