@@ -12,7 +12,7 @@ of the products, for as long as the BLAS multiplies it.
 
 The loss is the mean squared error of each predicted patch against t = (u − mean)·r, r = 1/√(var +
 1e-6), by the patch's own mean and unbiased variance. One program takes one patch. The backward,
-dpred = 2·(pred − t)/P³ · derror, reads the voxels again and needs only mean and r. Beside the volume
+dpred = 2·(pred − t)/P³ · derror, reads the voxels again and needs only mean and r. Beside volume
 and pred, which are there anyway, nothing of their size is kept for the backward pass.
 
 Sections: kernels · tiles · operators. What they mean: fused.py.
