@@ -38,6 +38,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skipif(True, reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def phantom_home(tmp_path_factory):
     """A folder with data/phantom/{amos,brats,deeplesion,corpus}, as pretrain.py makes it."""

@@ -193,6 +193,15 @@ def test_a_loop_logs_validates_and_saves_when_it_should(tmp_path):
     assert run_loop(tmp_path, save_every=0)[3] == list(range(1, 11))  # minutes
 
 
+def test_a_second_ctrl_c_is_130_in_one_word(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli(interrupted)
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_checkpoints_are_written_from_a_copy_and_their_faults_are_told(tmp_path):
     w, log = torch.zeros(3), Log(tmp_path / "log.jsonl")
     for n in range(4):

@@ -254,7 +254,6 @@ def test_seg_scores_both_grids_in_one_pass(go, threshold, tmp_path):
 
 
 def test_a_real_segmenter_is_scored_by_its_checkpoint_alone(go, tmp_path):
-    torch.manual_seed(0)
     net = Segmenter(Model(Config(width=24, layers=4, heads=2, patch=8)), 3, 4)
     setting = {**SETTING, "data": str(tmp_path / "set"), "overlap": 0.0}
     kept = {"config": vars(net.encoder.config), "setting": setting, "model": net.state_dict()}
@@ -587,6 +586,31 @@ def test_table_means_and_paired_intervals(tabled, tmp_path):
     assert (liver["class"], float(liver["mean"])) == ("liver", pytest.approx(0.61))
     assert "| amos" in said and "0.1153" in (tmp_path / "table/table.md").read_text()
     assert (tmp_path / "table/table.png").stat().st_size > 5000
+
+
+def test_table_takes_the_own_grid_from_scores_of_the_last_weights(tabled, tmp_path):
+    head, scores = ["case", "grid", "class", *ev.SCORES], {}
+    for name, init, up in (("a", "scratch", 0.0), ("b", "x.pth", 0.3)):
+        seg_run(tmp_path / name, 0.5, 0, init=init, cases={f"c{i}": [0.5] for i in range(6)})
+        own = 0.1 * np.arange(1, 7) + up
+        scores[name] = own.mean()
+        rows = [[f"c{i}", "own", "mean", v, v / 2, 9 if i else "", 1] for i, v in enumerate(own)]
+        rows += [[f"c{i}", "resampled", "mean", 0, 0, 0, 0] for i in range(6)]
+        rows += [[f"c{i}", "own", "liver", 0, 0, 0, 0] for i in range(6)]
+        write_table(tmp_path / name / "eval-seg/cases.csv", head, rows)
+        how = {"split": "val", "ckpt": f"{tmp_path}/{name}/ckpt.pt"}
+        write_json(tmp_path / name / "eval-seg/metrics.json", {"args": how})
+    _, rows, tests = tabled()
+    means = {(r["metric"], r["initialisation"]): float(r["mean"]) for r in rows}
+    assert len(means) == 8 and means["hd95_mm, own grid", "scratch"] == 9
+    assert means["dice, own grid", "x.pth"] == pytest.approx(scores["b"])
+    gains = {t["metric"]: float(t["B - A"]) for t in tests}
+    assert gains["dice, own grid"] == pytest.approx(0.3)
+    assert gains["nsd, own grid"] == pytest.approx(0.15) and gains["Dice"] == 0
+    # of best.pt, or of another split: not what the others are of
+    for name, wrong in (("a", {"ckpt": "best.pt"}), ("b", {"split": "all"})):
+        write_json(tmp_path / name / "eval-seg/metrics.json", {"args": how | wrong})
+    assert [r["metric"] for r in tabled()[1]] == ["Dice", "Dice"]
 
 
 def test_table_bootstrap_of_auc(tabled, tmp_path, monkeypatch):

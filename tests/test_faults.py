@@ -230,6 +230,17 @@ def test_a_node_that_dies_is_waited_for(phantom_home, tmp_path, monkeypatch):
     assert steps_of(tmp_path) == list(range(1, 301))
 
 
+def test_ctrl_c_saves_and_resume_goes_on_bitwise(phantom_home, whole, tmp_path):
+    process = start(phantom_home, *RUN, "--out", tmp_path)
+    await_step(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    said = end(process)
+    step = load_checkpoint(tmp_path / "ckpt.pt")["step"]
+    assert 4 <= step < STEPS and f"stopped at step {step} of {STEPS}" in said
+    end(start(phantom_home, "--resume", "--out", tmp_path))
+    assert same_runs(whole, tmp_path)
+
+
 def test_a_killed_loader_process_ends_the_run_which_then_goes_on(phantom_home, whole, tmp_path):
     process = start(phantom_home, *RUN, "--workers", 2, "--out", tmp_path)
     await_step(process, tmp_path)

@@ -19,6 +19,7 @@ from model import SIZES, Config, Model, load_pretrained
 HERE = Path(__file__).parent
 SMALL = ["--init", "scratch:nano", "--volume", 16, 16, 16, "--dtype", "fp32", "--log-every", 1]
 PICTURES = ("curves", "roc", "confusion", "cases")
+NANO = Model(Config(**SIZES["nano"]))
 CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
@@ -165,6 +166,39 @@ def test_logistic_regression_finds_its_minimum():
     p = cls.scores_of(w, torch.from_numpy(x)).softmax(1).numpy()
     slope = (p - np.eye(3)[y]).T @ np.c_[x, np.ones(99)] / 99
     assert np.abs(slope + 0.1 * np.c_[w[:, :3], np.zeros(3)]).max() < 1e-4
+
+
+# ---- recipes ----
+
+
+@pytest.mark.parametrize(
+    "given, follows",
+    [
+        ("nodule scratch:base", "1.5e-5 0.01 1 0.5 cosine 0 0"),
+        ("ricord scratch:base", "1e-5 1e-4 0.75 0 poly 12 0"),
+        ("ricord scratch:nano", "1e-3 0.05 1 0.5 cosine 1 30"),
+        ("ricord x.pt", "5e-5 0.05 0.75 0 poly 12 0"),
+    ],
+)
+def test_recipes(given, follows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with torch.device("meta"):
+        base = Model(Config(**SIZES["base"]))
+    monkeypatch.setattr(cls, "new_encoder", lambda init, *_: NANO if "nano" in init else base)
+    task, init = given.split()
+    args = cls.parser().parse_args(["--task", task, "--init", init])
+    cls.settle(args, None, CPU)
+    names = ["lr", "wd", "layer_decay", "flip", "schedule", "clip", "warmup"]
+    for value, wanted in zip((getattr(args, n) for n in names), follows.split(), strict=True):
+        assert value == type(value)(wanted)
+
+
+def test_the_rate_of_ricord_falls_as_a_power(go, tmp_path, monkeypatch):
+    monkeypatch.setitem(cls.RECIPES["nano"], "schedule", "poly")
+    flags = ["--task", "nodule", "--data", make_npz(tmp_path / "n.npz", (16, 8, 12))]
+    go(*SMALL, *flags, "--steps", 4, "--lr", 1e-3, "--out", "o")
+    rates = [r["lr"] for r in read_log(tmp_path / "o/log.jsonl") if "lr" in r]
+    assert rates == pytest.approx([1e-3 * (1 - n / 4) ** 0.9 for n in range(4)])
 
 
 # ---- the classifier and its input ------------------------------------------------------------

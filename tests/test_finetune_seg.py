@@ -108,9 +108,9 @@ def metrics(out):
     return json.loads((out / "metrics.json").read_text())
 
 
-def net_of(patch, classes=3, layers=4, width=24):
+def net_of(patch, classes=3, layers=4, width=24, decoder="unetr"):
     model = Model(Config(width=width, layers=layers, heads=2, patch=patch))
-    return Segmenter(model, classes, features=4)
+    return Segmenter(model, classes, 4, decoder)
 
 
 # ---- network, loss ---------------------------------------------------------------------------
@@ -120,15 +120,19 @@ def test_decoder_has_the_published_number_of_parameters():
     assert sum(w.numel() for w in Decoder(768, 16, 2, f=16).parameters()) == 4_443_106
 
 
+@pytest.mark.parametrize("decoder", ["unetr", "light"])
 @pytest.mark.parametrize("patch, roi", [(16, (32, 48, 32)), (8, (16, 24, 16)), (4, (8, 8, 12))])
-def test_logits_have_a_class_a_voxel_and_every_weight_but_the_head_learns(patch, roi):
-    net = net_of(patch)
+def test_logits_have_a_class_a_voxel_and_every_weight_but_the_head_learns(patch, roi, decoder):
+    net = net_of(patch, decoder=decoder)
     logits = net(torch.rand(2, *roi))
     logits.square().mean().backward()
     grads = {k: w.grad for k, w in net.named_parameters()}
     assert logits.shape == (2, 3, *roi)
     assert grads.pop("encoder.head.weight") is None and grads.pop("encoder.head.bias") is None
-    assert all(g.isfinite().all() for g in grads.values())
+    assert all(g.isfinite().all() and g.any() for g in grads.values())
+    scans, grids = torch.rand(2, 1, 1, *roi), [torch.rand(1, 24, *(n // patch for n in roi))] * 4
+    one, other = (net.decoder(scan, grids) for scan in scans)
+    assert torch.equal(one, other) == (decoder == "light")  # no path from the scan
 
 
 CUDA = pytest.param("cuda", "inductor", 1e-3, marks=pytest.mark.gpu)
@@ -230,8 +234,9 @@ def test_mirrors_are_turned_back():
 def test_planes_are_finished_and_let_go():
     """Memory holds a few windows' depths of scores, of the 16 that there are, and labels."""
     code = (
-        "import resource, torch; from finetune_seg import labels_of, sliding_window\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "import re, torch; from finetune_seg import labels_of, sliding_window\n"
+        "def peak():  # of this program: ru_maxrss is inherited from the one that began it\n"
+        "    return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
         "before, volume = peak(), torch.rand(512, 96, 96)\n"
         "def predict(x): return torch.linspace(0, 1, 32).view(-1, 1, 1, 1) - x[:, None]\n"
         "out = sliding_window(predict, volume, (32, 96, 96), batch=1, finish=labels_of)\n"
@@ -323,15 +328,27 @@ def test_image_and_label_move_together(kind):
     assert torch.allclose(image, changed, atol=0.1) == (kind != "strong")
 
 
-@pytest.mark.parametrize(
-    "task, words", [("la", ["strong", 0, 0]), ("phantom", ["standard", 0, 0.3])]
-)
-def test_nano_augments_as_the_task_does(task, words):
-    args = finetune_seg.parser().parse_args(
-        ["--task", task, "--preset", "nano", "--init", "scratch"]
-    )
+CASES = """  what is named | what follows: steps, epochs, warm-up, validations, lr, weight decay, …
+--task la --preset nano --init scratch       | 700 1000 0.05 4 2e-3 1e-5 0.75 strong 0 0
+--task phantom --preset nano --init x        | 700 1000 0.05 4 2e-3 0.05 0.75 standard 0 0.3
+--task amos --preset published --init x      | 0 1000 0.05 20 3e-4 0.05 0.75 standard 0.2 0.1
+--task amos --preset published --init scratch:base | 0 1000 0.05 20 1e-4 1e-5 0.75 standard 0.2 0.1
+--task pancreas --preset published --init scratch/x | 0 500 0.1 10 3e-4 0.05 0.75 standard 0.2 0.1
+--task la --preset published --init x        | 0 1000 0.05 20 3e-4 0.05 0.9 strong 0.5 0
+--task colon --preset quick --init x         | 6000 1000 0.05 6 3e-4 0.05 0.75 standard 0.2 0.1
+--task spleen --init x                       | 700 1000 0.05 4 2e-3 0.05 0.75 standard 0 0.3
+"""
+
+
+@pytest.mark.parametrize("line", CASES.splitlines()[1:])
+def test_recipes(line):
+    given, follows = line.split("|")
+    args = finetune_seg.parser().parse_args(given.split())
     finetune_seg.settle(args, setup(Namespace(device="cpu", dtype="fp32", seed=0)))
-    assert [args.augment, args.flip, args.intensity] == words
+    names = ["epochs", "warmup", "vals", "lr", "wd", "layer_decay", "augment", "flip", "intensity"]
+    have = [args.steps or 0, *(getattr(args, name) for name in names)]
+    for value, wanted in zip(have, follows.split(), strict=True):
+        assert value == type(value)(wanted)
 
 
 # ---- runs ------------------------------------------------------------------------------------

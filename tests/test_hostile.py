@@ -69,6 +69,7 @@ def each(*values):
 def attempt(folder, act, words, *args):
     """(verdict, what was said) of act(folder, *args) in a process with little time and memory."""
     said = folder / ".said"
+    held = 4096 * int(Path("/proc/self/statm").read_text().split()[1])  # which a child inherits
     pid = os.fork()
     if not pid:
         code = 1
@@ -102,7 +103,7 @@ def attempt(folder, act, words, *args):
     lines = [line.rpartition("\r")[2] for line in text.split("\n") if line]
     lines = [line for line in lines if not re.search(BESIDE, line)]
     code = os.waitstatus_to_exitcode(status)
-    if code in (-signal.SIGALRM, -signal.SIGPROF) or usage.ru_maxrss * 1024 > BYTES:
+    if code in (-signal.SIGALRM, -signal.SIGPROF) or usage.ru_maxrss * 1024 > held + BYTES:
         return "hung", f"{usage.ru_maxrss >> 10} MB"
     one = code == 2 and len(lines) == 1 and len(lines[0]) < 4100 and words is not READ
     if one and re.search(words, lines[0]) and ("/" in words or named(folder, lines[0])):

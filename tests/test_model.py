@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ TINY = {"width": 48, "layers": 2, "heads": 2, "patch": 4}
 @pytest.fixture(scope="module")
 def golden():
     """Weights and answers of the published implementation, float32."""
-    with np.load("tests/golden/reference_tiny.npz", allow_pickle=False) as z:
+    with np.load(Path(__file__).parent / "golden/reference_tiny.npz", allow_pickle=False) as z:
         return {k: z[k] for k in z.files}
 
 

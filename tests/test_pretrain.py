@@ -87,15 +87,18 @@ def test_processes_and_accumulation_train_the_same_model(script, tmp_path):
     assert validations(tmp_path / "a") == pytest.approx(validations(tmp_path / "b"), rel=1e-5)
 
 
-@pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 0), (1, 2)])
-def test_sigterm_saves_and_leaves(script, tmp_path, ranks, workers):
+TERM, CTRL_C = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize("ranks, workers, sent", [(1, 0, TERM), (2, 0, TERM), (1, 2, CTRL_C)])
+def test_a_signal_saves_and_leaves(script, tmp_path, ranks, workers, sent):
     """To the process; to torchrun; to the whole group, the loader's processes included."""
     flags = [*RUN, "--steps", 4000, "--val-every", 5000, "--workers", workers, "--out", tmp_path]
     process = script("pretrain.py", *flags, popen=True, ranks=ranks)
     while not losses(tmp_path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-    (os.killpg if workers else os.kill)(process.pid, signal.SIGTERM)
+    (os.killpg if workers else os.kill)(process.pid, sent)
     said, _ = process.communicate(timeout=60)
     assert "--resume goes on" in said
     if ranks == 1:  # torchrun itself reports the signal, with a traceback of its own
@@ -203,7 +206,7 @@ def test_the_demo_learns_and_its_checkpoint_loads(script, tmp_path):
     assert all(after[f"val_{k}"] < before[f"val_{k}"] for k in KINDS)
     row = next(row for row in log if "loss" in row)
     assert {"step", "loss", "lr", "samples_per_s", "of_matmul_rate", "grad_norm"} <= row.keys()
-    assert 0 < row["of_matmul_rate"] < 1
+    assert 0 < row["of_matmul_rate"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["step"] == 40
     assert all(metrics["earlier_patch"][k] < metrics["patch_mean"][k] <= 1 for k in KINDS)

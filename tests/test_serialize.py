@@ -74,7 +74,7 @@ def test_slope_and_intercept_are_applied(tmp_path):
         assert (values.dtype.kind == "i") == (slope == 1)
 
 
-def test_simpleitk_reads_what_nibabel_reads(tmp_path, monkeypatch):
+def test_simpleitk_reads_what_nibabel_reads(tmp_path):
     sitk = pytest.importorskip("SimpleITK")
     nifti, other = tmp_path / "a.nii", tmp_path / "a.mha"
     ras = [[0, 0, 2, 5], [-3, 0, 0, 6], [0, 4, 0, 7], [0, 0, 0, 1]]
@@ -83,9 +83,13 @@ def test_simpleitk_reads_what_nibabel_reads(tmp_path, monkeypatch):
         assert np.allclose(a, b, atol=1e-4)
     with pytest.raises(BadInput, match="0 DICOM series"):
         read_scan(tmp_path)
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(BadInput, match="pip install SimpleITK"):
-        read_scan(other)
+
+
+@pytest.mark.parametrize("package, name", [("SimpleITK", "a.mha"), ("h5py", "a.h5")])
+def test_packages_that_are_not_there_are_named(tmp_path, monkeypatch, package, name):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BadInput, match=f"pip install {package}"):
+        read_scan(tmp_path / name)
 
 
 def test_real_scans_become_a_corpus_and_the_unusable_are_explained(tmp_path):
@@ -151,6 +155,29 @@ def test_a_scan_is_checked_against_a_limit_and_the_memory(tmp_path, monkeypatch)
     monkeypatch.setattr(serialize, "machine_memory", lambda: 4e6)
     with pytest.raises(BadInput, match="0.0 GB of memory.*header.*--spacing"):
         serialize.check_memory((100, 1024, 10))
+
+
+def test_another_spacing_is_another_corpus(tmp_path):
+    values = np.indices((16, 20, 24))[0] * 10
+    save(tmp_path / "s/a.nii", values)
+    how = {"out": tmp_path / "c", **QUIET}
+    (row,) = build(*collect([tmp_path / "s"]), spacing=(2, 2, 3), **how)
+    assert (row["shape"], row["spacing"]) == ([8, 10, 8], [2, 2, 3])
+    stored = np.load(tmp_path / "c" / row["file"])
+    assert np.array_equal(stored, np.indices(stored.shape)[0] * 20 + 5)  # means of two
+    (row,) = build(*collect([tmp_path / "s"]), **how)
+    assert (row["shape"], row["spacing"]) == ([16, 20, 24], [1, 1, 1])
+    assert np.array_equal(np.load(tmp_path / "c" / row["file"]), values)
+
+
+def test_boxes_without_contrast_are_drawn_again(tmp_path):
+    values = np.random.default_rng(0).integers(0, 900, (64, 16, 16))
+    values[:30] = -1000
+    save(tmp_path / "s/a.nii", values)
+    build(*collect([tmp_path / "s"]), tmp_path / "c", **QUIET)
+    data = Sequences(tmp_path / "c", size=16, stride=4)
+    ranges = torch.stack([data[n]["ranges"] for n in range(30)])
+    assert (ranges[..., 1] > ranges[..., 0]).all()
 
 
 def test_to_int16_is_fine_for_floats():
