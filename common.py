@@ -201,7 +201,8 @@ def parallel(fn, items, workers=None, desc=None):
 
 # what --resume may change: the run stays the same
 FREE = "resume data out device workers micro compile kernels log_every val_every save_every"
-FREE = {*FREE.split(), "stop_after", "largest", "recompute"}
+FREE = {*FREE.split(), "stop_after", "largest", "recompute", "asked"}
+MACHINES = "micro", "workers", "compile"  # what a machine decides where it is not asked for
 
 
 def machine_flags(p, workers=8, kernels=True, compiled=False):
@@ -455,7 +456,12 @@ def load_checkpoint(path, format=None):
 
 
 # what a run goes on from
-SAVED = {"args": {"steps": int}, "model": dict, "step": int, "best": (int, float, list)}
+SAVED = {
+    "args": {"steps": int, "asked": dict},
+    "model": dict,
+    "step": int,
+    "best": (int, float, list),
+}
 SAVED["optimiser"] = {"state": dict, "param_groups": [dict]}
 
 
@@ -468,7 +474,7 @@ def resumed(parser, args, out, format):
     # torchrun --max-restarts: what it starts again goes on
     args.resume = args.resume or told("TORCHELASTIC_RESTART_COUNT") > 0
     if not args.resume or not path.exists():
-        return args, None
+        return with_asked(args), None
     state = load_checkpoint(path, format)
     if "optimiser" not in state:
         raise BadInput(f"{path}: holds weights alone; --init starts from them")
@@ -478,7 +484,7 @@ def resumed(parser, args, out, format):
     unset = object()
     blank = argparse.Namespace(**{k: unset for k in vars(args)})
     given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
-    saved = {**state["args"], "stop_after": None}
+    saved = {**state["args"], **state["args"].get("asked", {}), "stop_after": None}
     if isinstance(saved.get("save_every"), int):  # steps, of an earlier version
         saved["save_every"] = args.save_every
     for k, v in given.items():
@@ -488,7 +494,13 @@ def resumed(parser, args, out, format):
                 "out, or start a new run in another --out"
             )
     args = argparse.Namespace(**{**vars(args), **saved, **given, "out": str(out)})
-    return args, state | {"path": path}
+    return with_asked(args), state | {"path": path}
+
+
+def with_asked(args):
+    """args.asked: what was asked for of MACHINES; on another machine the rest is decided anew."""
+    args.asked = {k: v for k, v in vars(args).items() if k in MACHINES}
+    return args
 
 
 def damaged(path):

@@ -377,7 +377,8 @@ def score_one(case, segment, setting, args, out):
     """A labelled case, predicted, scored and drawn: a row a grid and class, one of their means."""
     classes, name, rows = setting["classes"], case["id"], []
     *scan, target = read_case(case, len(classes) + 1)
-    mapped = range_of_case(case, setting["intensity_range"], setting["mr_after"])
+    mr_after = setting["mr_after"] if args.task == setting["task"] else None
+    mapped = range_of_case(case, setting["intensity_range"], mr_after)
     labels, image, geometry = segment(scan, mapped)
     labels = labels.numpy()
     ras, spacing, truth = scan[1], geometry["spacing"], prepare_labels(target, geometry)
@@ -471,8 +472,9 @@ def jobs_of(named, out, skipped):
             below = f.relative_to(folder).parent if folder in f.parents else ""
             target = out / below / (stem_of(f) or f.name)
             if f != folder and out.resolve() in f.resolve().parents:
-                continue  # what an earlier call wrote
-            if f in labels:
+                if not f.with_name(f"{stem_of(f)}.prediction.json").exists():
+                    skipped.append((f, "lies in --out, as what an earlier call wrote"))
+            elif f in labels:
                 skipped.append((f, "looks like a label map: name the file itself"))
             elif target in jobs:
                 words = "2 scans would be written to one file: name their common folder instead"

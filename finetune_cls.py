@@ -389,7 +389,7 @@ def case_of(at, most, pattern, file, split, label, patient, source):
         raise BadInput(f"{at}: label {label!r}; it is an integer from 0 to {most - 1}")
     if not patient and pattern:
         patient = patient_of(file, None, None, pattern)
-    known = re.search(r"RICORD(?:-1[ABC]-\d+)?-\d+|$", file)[0]
+    known = re.search(r"RICORD(?:-1[ABC]-\d+)?-\d{6}|$", file)[0]
     return {
         "file": file,
         "split": split,

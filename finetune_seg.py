@@ -80,6 +80,7 @@ from model import (
 from phantom import write_phantom
 from serialize import (
     apart,
+    below,
     cut,
     digest,
     label_subset,
@@ -497,7 +498,7 @@ def found_on_disk(root):
 
 def listed_in_h5(root):
     """UA-MT's copy of the left atria: NAME/mri_norm2.h5, the names in train.list and test.list."""
-    files, splits = {f.parent.name: f for f in root.rglob("mri_norm2.h5")}, {}
+    files, splits = {f.parent.name: f for f in below(root) if f.name == "mri_norm2.h5"}, {}
     if not files:
         return
     for split, title in (("train", "train.list"), ("val", "test.list")):

@@ -75,8 +75,8 @@ SITK = (".mha", ".mhd", ".nrrd", ".nhdr", ".dcm")
 ARRAYS = (".h5", ".npz")  # UA-MT's left atria, MedMNIST's volumes
 ATRIUM = 0.625  # mm, isotropic: what the challenge's atria have and their HDF5 files do not say
 # label maps: matched below the folder that is named, in lower case
-LABELS = ("*/label*/*", "*/mask*/*", "*/segmentation*/*", "*/derivatives/*")
-LABELS += ("*/laendo.*", "*[-_]seg.*", "*[-_]mask.*", "*[-_]msk.*", "*[-_]label.*")
+LABELS = ("*/label*", "*/mask*", "*/segmentation*", "*/derivatives/*", "*/laendo.*", "*[-_]gt.*")
+LABELS += ("*[-_]seg.*", "*[-_]mask.*", "*[-_]msk.*", "*[-_]label.*", "*[-_]segmentation.*")
 SMALLEST = 8  # voxels along an axis; less is a 2D image or a scout
 LARGEST = "AR3D_LARGEST"  # where --largest stands: in the environment, for worker processes
 SLACK = 2**20  # bytes that may follow the voxels in a file
@@ -355,13 +355,19 @@ def read_sitk(path):
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     file = str(path)
     if Path(path).is_dir():
-        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(file)
+        reader = sitk.ImageSeriesReader()
+        series = reader.GetGDCMSeriesIDs(file)
         if len(series) != 1:
             raise BadInput(
                 f"a folder with {len(series)} DICOM series; one folder a series is needed"
             )
-        file = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(file, series[0])
-    img = sitk.ReadImage(file)
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(file, series[0]))
+        reader.SetSpacingWarningRelThreshold(0.1)  # positions may be rounded
+        img = reader.Execute()
+        if "ITK_non_uniform_sampling_deviation" in img.GetMetaDataKeys():
+            raise BadInput("its slices are not evenly spaced: some may be missing")
+    else:
+        img = sitk.ReadImage(file)
     axes, components = img.GetDimension(), img.GetNumberOfComponentsPerPixel()
     if axes != 3 or components != 1:
         raise BadInput(f"{axes}D with {components} components; a scalar 3D image is needed")
@@ -500,8 +506,20 @@ def spatial_jobs(folders, exclude, patient):
 
 def names_in(folder, title):
     """The names in UA-MT's lists of that title, which lie in the folder or beside it."""
-    files = {*folder.rglob(title), *folder.parent.glob(title)}
+    files = {*(f for f in below(folder) if f.name == title), *folder.parent.glob(title)}
     return {name for f in files for name in read_named(f, Path.read_text).split()}
+
+
+def below(folder):
+    """The files below a folder, those in linked folders too."""
+    seen = set()  # a link may lead back
+    for at, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(at)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(at, name) for name in files)
 
 
 def scans_under(folder, exclude):
@@ -510,12 +528,12 @@ def scans_under(folder, exclude):
     if not folder.exists():
         raise BadInput(f"{folder}: no such folder")
     scans, labels = {}, []  # scans: a dict, for an ordered set
-    for f in sorted([folder] if folder.is_file() else folder.rglob("*")):
+    for f in sorted([folder] if folder.is_file() else below(folder)):
         litter = f.name.startswith("._")  # of macOS
         if litter or not f.is_file() or not (suffix_of(f) or is_dicom(f)):
             continue
-        below = f"/{f.relative_to(folder) if folder.is_dir() else f.name}".lower()
-        if any(fnmatch.fnmatch(below, p.lower()) for p in exclude):
+        name = f"/{f.relative_to(folder) if folder.is_dir() else f.name}".lower()
+        if any(fnmatch.fnmatch(name, p.lower()) for p in exclude):
             labels.append(f)
         else:
             scans[f.parent if suffix_of(f) in (".dcm", None) else f] = None
@@ -528,8 +546,8 @@ def scans_under(folder, exclude):
 
 
 def is_dicom(path):
-    """Whether a file without a suffix is DICOM: scanners and archives export slices as IM0001."""
-    if "." in path.name:
+    """Whether a file without a suffix is DICOM: slices are exported as IM0001, or as 1.2.840.1."""
+    if re.search(r"\.\D", path.name):
         return False
     try:
         with open(path, "rb") as f:
@@ -554,14 +572,14 @@ def patient_of(file, folder, shared_name, regex=None):
         if not who:
             raise BadInput(f"--patient {regex!r} does not match {file}")
         return who
-    below = file.relative_to(folder) if folder.is_dir() else Path(file.name)
-    if known := re.search(r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d{5}", str(below)):
+    name = file.relative_to(folder) if folder.is_dir() else Path(file.name)
+    if known := re.search(r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d{5}", str(name)):
         return known.group()
     if file.is_dir():
-        parts = [p for p in below.parts if not re.fullmatch("(train|test)(_images)?", p)]
+        parts = [p for p in name.parts if not re.fullmatch("(train|test)(_images)?", p)]
         return (parts or [file.name])[0]
     return (
-        str(below.parent)
+        str(name.parent)
         if shared_name
         else re.sub(r"(?<=\d)(_day\d+)?(_000\d)?$", "", stem_of(file))
     )
@@ -570,7 +588,8 @@ def patient_of(file, folder, shared_name, regex=None):
 def contrast_jobs(folders):
     """A job a folder CASE/CASE-{t1n,…}.nii.gz; cases of a patient differ in their last number."""
     for folder in map(Path, folders):
-        cases = sorted({f.parent for f in folder.rglob("*.nii*") if not f.name.startswith("._")})
+        files = (f for f in below(folder) if ".nii" in f.name and not f.name.startswith("._"))
+        cases = sorted({f.parent for f in files})
         if not cases:
             raise BadInput(
                 f"{folder}: no such folder, or no case folders CASE/CASE-t1n.nii.gz in it"
@@ -633,8 +652,10 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
     stamps = {job_key(r): r["stamp"] for r in rows}
     stamps |= {job_key(r): None for r in rows if not holds(out, r)}
     jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
+    left_out = {("spatial", os.path.abspath(source)) for source, _ in skipped} - jobs.keys()
+    stamps |= dict.fromkeys(left_out)  # --exclude may be new
     for key, job in jobs.items():
-        how = json.dumps([job["lesions"], spacing])
+        how = json.dumps([job["lesions"], job["patient"], spacing])
         stamp = [*stamp_of(job["files"]), digest(how, 8)]
         if stamps.get(key) != stamp:
             stamps[key] = None
@@ -675,15 +696,14 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
 
 
 def stamp_of(files):
-    """Number, bytes and newest time (ns) of files, or of what is in them that are folders.
+    """Number, bytes and the sum of the times (ns) of files, or of what is in them that are folders.
 
     Files of the same stamp need not be read again.
     """
     stats = []
     for f in map(Path, files):
         stats += map(Path.stat, f.iterdir() if f.is_dir() else [f])
-    newest = max((s.st_mtime_ns for s in stats), default=0)
-    return [len(stats), sum(s.st_size for s in stats), newest]
+    return [len(stats), sum(s.st_size for s in stats), sum(s.st_mtime_ns for s in stats)]
 
 
 def digest(data, size):

@@ -327,6 +327,7 @@ class Quantiser(nn.Module):
         K, rows = len(self.codes), with_ones(z)
         weight = (1 - (z * self.codes[index]).sum(1) - 1e-5).clamp(min=1e-12).sqrt()
         waits = torch.from_numpy(rng.exponential(size=len(z))).to(z.dtype)
+        waits = waits.pin_memory() if z.is_cuda else waits
         keys = weight / waits.to(z.device, non_blocking=True)
         drawn = rows[keys.topk(min(most, len(z))).indices]  # without repetition
         message = rows.new_zeros(K + len(drawn) * machine.world, rows.shape[1])

@@ -423,6 +423,26 @@ def test_a_restarted_rank_resumes(tmp_path, monkeypatch):
     assert state is not None and args.lr == 3.0
 
 
+def test_what_the_machine_decided_is_decided_anew_on_another(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    for name, kind in (("--resume", None), ("--micro", int), ("--workers", int)):
+        parser.add_argument(name, **({"type": kind} if kind else {"action": "store_true"}))
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["script", *words])
+        args, _ = resumed(parser, parser.parse_args(), tmp_path, "x")
+        before = args.micro, args.workers
+        args.micro, args.workers = args.micro or 5, args.workers or 8  # as settle() would
+        state = {"optimiser": {}, "args": vars(args), "model": {}, "step": 1, "best": 0.5}
+        save_checkpoint(tmp_path / "ckpt.pt", format="x", **state)
+        return before
+
+    assert call("--workers", "3") == (None, 3)
+    assert call("--resume") == (None, 3)  # not 5
+    assert call("--resume", "--micro", "2") == (2, 3)
+    assert call("--resume") == (2, 3)
+
+
 def test_a_full_gpu_is_one_line(capsys):
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")

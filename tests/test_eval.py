@@ -214,6 +214,7 @@ def test_predict_goes_on_after_a_bad_scan_and_after_a_stop(go, threshold, tmp_pa
         ([folder / "gone.nii.gz"], "none of the scans could be used.*no such"),
         ([folder / "a/x.nii.gz", "--out", folder / "a"], "the label map would replace the scan"),
         ([folder, "--overlap", 1], "--overlap 1: from 0 to below 1"),
+        ([folder / "a", "--out", folder], "none of the scans could be used.*: lies in --out"),
     ):
         before = (folder / "a/x.nii.gz").read_bytes()
         with pytest.raises(BadInput, match=message):
@@ -230,6 +231,20 @@ def write_set(root, n=4):
             labels[labels == 2] = 0  # predicted all the same
         save(root / f"imagesTr/c{i}.nii.gz", image)
         save(root / f"labelsTr/c{i}.nii.gz", labels[: -2 if i == 3 else None])
+
+
+def test_the_numbers_of_amos_mean_mr_in_amos_alone(go, threshold, tmp_path, monkeypatch):
+    write_set(tmp_path / "set", 1)
+    opened, seen = ev.open_segmenter, []
+    setting = {"task": "amos", "mr_after": 500}
+    monkeypatch.setattr(ev, "range_of_case", lambda case, r, mr: seen.append(mr) or r)
+    monkeypatch.setattr(
+        ev, "open_segmenter", lambda a: (*opened(a)[:1], opened(a)[1] | setting, opened(a)[2])
+    )
+    for task in ("amos", "other"):
+        data = ["--data", tmp_path / "set", "--task", task, "--split", "all"]
+        go("seg", "--ckpt", threshold, *data, "--out", tmp_path / task)
+    assert seen == [500, None]
 
 
 def test_seg_scores_both_grids_in_one_pass(go, threshold, tmp_path):

@@ -428,6 +428,7 @@ def test_a_ricord_name_names_its_patient():
     for name, patient in (
         ("MIDRC-RICORD-1A-419639-000082_s2.nii.gz", "RICORD-1A-419639-000082"),
         ("RICORD-000001.nii.gz", "RICORD-000001"),
+        ("RICORD-1A/MIDRC-RICORD-1A-419639-000082/a.nii.gz", "RICORD-1A-419639-000082"),
         ("other_7.nii.gz", "other_7"),
     ):
         case = cls.case_of("x", 2, None, name, "train", "0", None, "anywhere")

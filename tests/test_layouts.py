@@ -106,6 +106,18 @@ FLARE23_2201    unlabelTr1800/FLARE23_2201_0000.nii.gz
 FLARE23Ts_0001  validation/FLARE23Ts_0001_0000.nii.gz
 -               labelsTr2200/FLARE23_0001.nii.gz
 
+kits
+case_00000  case_00000/imaging.nii.gz
+case_00001  case_00001/imaging.nii.gz
+-           case_00000/segmentation.nii.gz
+-           case_00001/label.nii.gz
+
+lits
+volume-0  batch1/volume-0.nii
+volume-1  batch1/volume-1.nii
+-         batch1/segmentation-0.nii
+-         batch1/volume-0_gt.nii
+
 vs-seg
 VS-SEG-001_t1  VS-SEG-001_t1.nii.gz
 VS-SEG-002_t1  VS-SEG-002_t1.nii.gz"""
@@ -354,6 +366,38 @@ def test_nodules(tmp_path, size, name):
     assert len({r["patient"] for r in rows}) == len(rows) == 3
     for row, image in zip(rows, arrays["train_images"]):
         assert np.array_equal(np.load(tmp_path / "c" / row["file"]), image)
+
+
+def test_what_is_said_anew_holds_for_what_was_there_before(tmp_path):
+    for name in ("P1/a", "P1/b", "P2/c"):
+        write(tmp_path / f"s/{name}.nii.gz")
+    folder, out = [tmp_path / "s"], tmp_path / "c"
+    assert {r["patient"] for r in build(*collect(folder), out, **QUIET)} == {"s/a", "s/b", "s/c"}
+    rows = build(*collect(folder, patient=r"P\d"), out, **QUIET)
+    assert sorted(r["patient"] for r in rows) == ["s/P1", "s/P1", "s/P2"]
+    (row,) = build(*collect(folder, exclude=["*/p1/*"], patient=r"P\d"), out, **QUIET)
+    assert row["patient"] == "s/P2"
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    scans = [write(tmp_path / f"{place}/x{n}.nii.gz") for n, place in enumerate(("s", "far/in"))]
+    (tmp_path / "s/link").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "s")
+    (tmp_path / "s/broken").symlink_to(tmp_path / "nowhere")
+    rows = build(*collect([tmp_path / "s"]), tmp_path / "c", **QUIET)
+    assert [r["source"] for r in rows] == [str(tmp_path / "s/link/in/x1.nii.gz"), str(scans[0])]
+
+
+def test_slices_may_be_named_by_uid_and_none_may_be_missing(tmp_path):
+    write_sitk(tmp_path / "s/one")
+    for path in (tmp_path / "s/one").iterdir():
+        path.rename(path.with_name(f"CT.1.2.840.{path.stem}"))
+    (row,) = build(*collect([tmp_path / "s"]), tmp_path / "c", **QUIET)
+    assert len(row["shape"]) == 3
+    for n in (4, 5):
+        (tmp_path / f"s/one/CT.1.2.840.{n}").unlink()
+    with pytest.raises(BadInput, match="not evenly spaced: some may be missing"):
+        build(*collect([tmp_path / "s"]), tmp_path / "d", **QUIET)
 
 
 # ---- checking and auditing -------------------------------------------------------------------
