@@ -1,6 +1,6 @@
 """Scores, predictions on new scans, probes of frozen features, next-patch errors, the table.
 
-    python eval.py seg --ckpt out/seg-phantom/best.pt               # Dice, surface Dice, HD95, …
+    python eval.py seg --ckpt out/seg-phantom/ckpt.pt               # Dice, surface Dice, HD95, …
     python eval.py cls --ckpt out/cls-phantom-cls/best.pt           # AUC and the rest, intervals
     python eval.py predict --ckpt out/seg-amos/best.pt SCAN…        # label maps on the scans' grids
     python eval.py probe --ckpt out/pretrain/ckpt.pt --layer all    # kNN and linear probes by block
@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import binary_erosion, find_objects
 from scipy.spatial import cKDTree
+from scipy.stats import t as student
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -650,7 +651,8 @@ def lesions(corpus, edge, depth, machine):
     corpora = find_corpus(machine, corpus)
     rows = [r for r in read_corpora(corpora) if r["kind"] == "semantic"]
     types = sorted({r["group"] for r in rows})
-    held = sorted({r["patient"] for r in rows if r["split"] == "train"})[::4]
+    patients = {str(r["patient"]) for r in rows if r["split"] == "train"}
+    held = sorted(patients, key=hash_share)[::4]
     if not types[1:]:
         raise BadInput(f"{corpora[0]}: two types of lesions are needed: --corpus, or other --tasks")
 
@@ -658,7 +660,7 @@ def lesions(corpus, edge, depth, machine):
         array = open_array(row["file"], tuple(row["shape"]))
         crop = lesion_crop(array, row, edge, depth)
         volume = to_unit(crop[None], torch.from_numpy(intensity_range(crop))[None, None])[0]
-        part = TEST if row["split"] == "val" else HELD if row["patient"] in held else FIT
+        part = TEST if row["split"] == "val" else HELD if str(row["patient"]) in held else FIT
         return volume, types.index(row["group"]), part
 
     return types, map(item, rows)
@@ -853,8 +855,9 @@ ASIDE = FREE - {"data"} | {"seed"}  # settings in which runs of a cell may diffe
 NOTE = """
 Dice: mean over classes of validation cases, with the weights of a run's last step. AUC: of the test
 split. sd: of the runs' values (n - 1). low, high: 95 % interval of B - A, A being the row's
-initialisation, by a bootstrap over the seeds that both have and over the cases (AUC: the patients)
-together; of a single seed, over cases alone.
+initialisation: by a bootstrap over the cases (AUC: the patients), widened, as the root of the sum
+of squares, by Student's interval over the seeds that both have; of a single seed, over cases alone.
+Where one pre-training is behind all seeds, its own chance is in no interval.
 """
 
 
@@ -977,7 +980,8 @@ def value_of(run, at):
 def paired(a_runs, b_runs, seed):
     """B − A, the runs of two initialisations, over the seeds that both have, and its interval.
 
-    Both the pairs of runs and the cases (AUC: the patients) are drawn with replacement.
+    Cases (AUC: patients) are drawn with replacement; seeds are too few for that (of three, a
+    bootstrap's 95 % cover 75 %), so that theirs is Student's interval, in quadrature.
     """
     pairs = [(a, b) for a in a_runs for b in b_runs if a["seed"] == b["seed"]]
     cases = {(*r["cases"],) for pair in pairs for r in pair}
@@ -985,12 +989,15 @@ def paired(a_runs, b_runs, seed):
         return {"n": "no seed or no cases in common"}
     groups = [case if isinstance(case, str) else case[1] for case in cases.pop()]
 
-    def difference(at, of):
-        return np.mean([value_of(pairs[i][1], at) - value_of(pairs[i][0], at) for i in of])
+    def differences(at):
+        return np.array([value_of(b, at) - value_of(a, at) for a, b in pairs])
 
-    picks = resampled(groups, DRAWS, seed), resampled(range(len(pairs)), DRAWS, seed + 1)
-    low, high = interval([*map(difference, *picks)])
-    mean = difference(np.arange(len(groups)), range(len(pairs)))
+    each, n = differences(np.arange(len(groups))), len(pairs)
+    mean = each.mean()
+    low, high = interval([differences(at).mean() for at in resampled(groups, DRAWS, seed)])
+    if n > 1 and low is not None:
+        wide = student.ppf(0.975, n - 1) * each.std(ddof=1) / n**0.5
+        low, high = mean - np.hypot(mean - low, wide), mean + np.hypot(high - mean, wide)
     seeds = sorted({a["seed"] for a, _ in pairs})
     return {"B - A": mean, "low": low, "high": high, "seeds": seeds, "n": len({*groups})}
 

@@ -120,7 +120,7 @@ USUAL = {  # what a recipe does not say
     "clip": 0.0,
     "schedule": "cosine",
     "warmup": 0,
-    "patience": 0,  # validations without a better AUC; 0: no limit
+    "patience": 0,  # validations without a better AUC, or the same at less loss; 0: no limit
     "flip": 0.5,  # probability, along each axis
     "class_weights": True,  # cross-entropy by inverse class frequency
 }

@@ -806,7 +806,10 @@ def noise(shape, seed, like):
 
 
 def degrade(v, u):
-    """Noise, blur, brightness, contrast, low resolution, gamma of a crop [X, Y, Z], as nnU-Net."""
+    """Noise, blur, brightness, contrast, low resolution, gamma of a crop [X, Y, Z], as nnU-Net.
+
+    # departs: its noise is of z-scores (deviation up to 0.1); here it is up to 0.32 of [0, 1]
+    """
     if u[17] < 0.1:
         v = v + noise(v.shape, u[18], v) * (0.1 * u[19]) ** 0.5
     if u[20] < 0.2:

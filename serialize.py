@@ -1338,7 +1338,8 @@ def ensure_phantom(seed=0, workers=None, say=print):
         say(f"making phantom patients and their corpus in {root}")
         write_phantom(root, ("amos", "brats", "deeplesion"), seed, workers)
         semantic = root / "deeplesion/DL_info.csv", root / "deeplesion/Images_nifti"
-        jobs = collect([root / "amos"], [root / "brats"], semantic)
+        # not the scans that fine-tuning is scored on
+        jobs = collect([root / "amos/imagesTr"], [root / "brats"], semantic)
         build(*jobs, corpus, 0.2, seed, workers, say=say)
     return corpus
 

@@ -591,16 +591,30 @@ def test_table_means_and_paired_intervals(tabled, tmp_path):
         [[cases["b", s][f"c{i}"][0] - cases["a", s][f"c{i}"][0] for i in range(8)] for s in (1, 2)]
     )
     assert float(test["B - A"]) == pytest.approx(gains.mean())
-    # of seeds and cases together: what only chance makes counts three times (Owen 2007), so that
-    # the interval errs towards too wide
     low, high = (float(test[k]) for k in ("low", "high"))
+    of_seeds = 12.706 * gains.mean(1).std(ddof=1) / 2**0.5  # Student's, one degree of freedom
+    of_cases = 1.96 * gains.mean(0).std() / 8**0.5
     assert low < gains.mean() < high
-    width = (high - low) / 3.92 / (3 * gains.var() / gains.size) ** 0.5
-    assert 0.5 < width < 1.3  # of eight cases: less than of many
+    assert (high - low) / 2 == pytest.approx(np.hypot(of_seeds, of_cases), rel=0.15)
     liver = rows_of(tmp_path / "table/classes.csv")[0]
     assert (liver["class"], float(liver["mean"])) == ("liver", pytest.approx(0.61))
     assert "| amos" in said and "0.1153" in (tmp_path / "table/table.md").read_text()
     assert (tmp_path / "table/table.png").stat().st_size > 5000
+
+
+def test_three_seeds_do_not_make_an_effect_of_chance(monkeypatch):
+    """Each seed has a luck of its own and nothing else differs: about 5 of 100 may look better."""
+    monkeypatch.setattr(ev, "DRAWS", 40)
+    rng, seen = np.random.default_rng(0), 0
+    for _ in range(100):
+        a, b = [], []
+        for seed, luck in enumerate(rng.normal(0, 1, 3)):
+            for runs, shift in ((a, 0), (b, luck)):
+                run = {"seed": seed, "cell": ("t", "1", "Dice", "i"), "cases": [*"abcdefgh"]}
+                runs.append(run | {"scores": rng.normal(shift, 0.5, (8, 1))})
+        found = ev.paired(a, b, 0)
+        seen += not found["low"] < 0 < found["high"]
+    assert seen <= 10  # a bootstrap over the seeds: 20 to 25
 
 
 def test_table_takes_the_own_grid_from_scores_of_the_last_weights(tabled, tmp_path):
