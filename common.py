@@ -110,14 +110,18 @@ def unwritable(path, e):
     return Unwritable(f"{path}: cannot be written ({full}{e.strerror or e})")
 
 
+def write_text(path, text):
+    with write_beside(path) as tmp:
+        tmp.write_text(text)
+
+
 def to_json(value, indent=None):
     """As JSON text, null where a number is not finite."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
 
 
 def write_json(path, value):
-    with write_beside(path) as tmp:
-        tmp.write_text(to_json(value, 1) + "\n")
+    write_text(path, to_json(value, 1) + "\n")
 
 
 def read_json(path, what, shape=dict):
@@ -203,6 +207,13 @@ def parallel(fn, items, workers=None, desc=None):
 FREE = "resume data out device workers micro compile kernels log_every val_every save_every"
 FREE = {*FREE.split(), "stop_after", "largest", "recompute", "asked"}
 MACHINES = "micro", "workers", "compile"  # what a machine decides where it is not asked for
+
+
+def new_parser(words):
+    """Of a script, whose --help begins with its docstring."""
+    return argparse.ArgumentParser(
+        description=words, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def machine_flags(p, workers=8, kernels=True, compiled=False):
@@ -370,8 +381,7 @@ def setup(args):
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
         if told("LOCAL_WORLD_SIZE") == world:
             store = dist.PrefixStore(str(told("TORCHELASTIC_RESTART_COUNT")), store)
-        how = {"store": store, "rank": rank, "world_size": world}
-        dist.init_process_group(backend, timeout=patience, **how)
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     torch.manual_seed(seed)
     return Machine(rank, world, device, torch.bfloat16 if wants_bf16 else torch.float32)
 
@@ -405,11 +415,12 @@ def distribute(net, args, machine):
     if machine.world == 1:
         return net
     ids = [machine.device.index] if machine.cuda else None
-    how = {"gradient_as_bucket_view": True}  # gradients and buckets: one memory
-    how["broadcast_buffers"] = False  # PyTorch 2.13 has another name for it, which 2.11 lacks
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(net, ids, **how)
+    # gradients and buckets are one memory; PyTorch 2.13 warns that it has another name for
+    # broadcast_buffers, which 2.11 lacks
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return DistributedDataParallel(
+            net, ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 # ---- checkpoints and runs --------------------------------------------------------------------
@@ -485,8 +496,6 @@ def resumed(parser, args, out, format):
     blank = argparse.Namespace(**{k: unset for k in vars(args)})
     given = {k: v for k, v in vars(parser.parse_args(namespace=blank)).items() if v is not unset}
     saved = {**state["args"], **state["args"].get("asked", {}), "stop_after": None}
-    if isinstance(saved.get("save_every"), int):  # steps, of an earlier version
-        saved["save_every"] = args.save_every
     for k, v in given.items():
         if k not in FREE and k in saved and v != saved[k]:
             raise BadInput(
@@ -531,7 +540,6 @@ def open_run(out, args, machine, state=None):
     state: the checkpoint of a run that goes on; without one, what `out` holds of an earlier run is
     moved to out/earlier-N.
     """
-    out = Path(out)
     if not machine.main:
         return Log(None)
     lock = lock_of(out)
@@ -739,7 +747,7 @@ def optimiser_step(optimiser, lr, clip=0.0):
     return length
 
 
-def cosine_lr(step, steps, lr, warmup=0):
+def cosine_lr(step, steps, lr, warmup):
     """Rate of `step` (0-based) out of `steps`: linear over `warmup` steps, then half a cosine."""
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -757,13 +765,13 @@ class Interrupted(BaseException):
 class Loop:
     """The bookkeeping of a training loop: when to log, validate, save and stop; bar and clock.
 
-        loop = Loop(args, machine, log, first, steps, "training", samples_per_s=args.units)
+        loop = Loop(args, machine, log, first, "training", samples_per_s=args.units)
         samples = loop.batches(dataset)
         for step in loop:                       # first, first + 1, … steps − 1
             loss = train_step(…)                # a tensor on the device
             loop.update(optimiser, lr, loss, args.clip)
             if loop.validates:
-                with loop.paused(hurried=True):
+                with loop.paused():
                     validate(loop.step)
             if loop.saves:
                 save(loop.step, owes=loop.owes)
@@ -774,10 +782,10 @@ class Loop:
     Ctrl-C is obeyed at once); --stop-after likewise.
     """
 
-    def __init__(self, args, machine, log, first, steps, desc, **per_second):
+    def __init__(self, args, machine, log, first, desc, **per_second):
         self.args, self.machine, self.log, self.per_second = args, machine, log, per_second
-        self.step, self.steps = first, steps
-        self.last = min(steps, first + args.stop_after) if args.stop_after else steps
+        self.step, self.steps = first, args.steps
+        self.last = min(args.steps, first + (args.stop_after or args.steps))
         self.asked = self.stopping = self.owes = self.hurried = False
         self.enough = False  # True: the step under way, or the last one, ends the run
         self.fault = None  # why the run cannot go on, once it is saved
@@ -786,7 +794,7 @@ class Loop:
         self.asks = self.cheap = machine.world == 1 or not machine.cuda
         zero = torch.zeros((), device=machine.device)
         self.skipped, self.row, self.third = zero, zero, zero - 1  # of steps that were not finite
-        bar = {"total": steps, "initial": first, "desc": desc, "disable": not machine.main}
+        bar = {"total": args.steps, "initial": first, "desc": desc, "disable": not machine.main}
         self.bar = tqdm(**bar, mininterval=1, unit="step")
 
     def __iter__(self):
@@ -847,15 +855,16 @@ class Loop:
 
     def update(self, optimiser, lr, loss, clip=0.0):
         """Step the optimiser; see `took`."""
-        self.took(loss, optimiser, lr=lr, grad_norm=optimiser_step(optimiser, lr, clip))
+        length = optimiser_step(optimiser, lr, clip)
+        self.took({"loss": loss}, optimiser, lr=lr, grad_norm=length)
 
-    def took(self, loss, optimiser, **values):
-        """A step is done: its loss, a tensor or a dict of them, and what else a row shows.
+    def took(self, losses, optimiser, **values):
+        """A step is done: its losses, a dict of tensors, and what else a row shows.
 
         A step whose gradients were not finite has changed nothing: it is counted and left out of
         the means. BadInput after three in a row.
         """
-        losses, bad = loss if isinstance(loss, dict) else {"loss": loss}, optimiser.found_inf
+        bad = optimiser.found_inf
         self.total = self.total + torch.stack([v.where(bad == 0, 0) for v in losses.values()])
         self.skipped, self.row = self.skipped + bad, (self.row + bad) * bad
         self.third = torch.where((self.third < 0) & (self.row > 2), float(self.step), self.third)
@@ -875,7 +884,7 @@ class Loop:
         # torchrun kills 30 s after SIGTERM; the first row, of compilation, is no measure of others
         self.asks = self.cheap or seconds > 10
         row = dict(zip(losses, means)) if skipped < steps else {}
-        row |= {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        row |= {k: float(v) for k, v in values.items()}
         row |= {k: quantity * steps / seconds for k, quantity in self.per_second.items()}
         row |= {"skipped": skipped} if skipped else {}
         self.log.write(step=self.step, **row, seconds=seconds)
@@ -895,12 +904,12 @@ class Loop:
         )
 
     @contextlib.contextmanager
-    def paused(self, hurried=False):
+    def paused(self):
         """The clock of the rates stands still.
 
-        hurried: a signal breaks it off; not with several ranks, which would wait for one another.
+        A signal breaks it off; not with several ranks, which would wait for one another.
         """
-        start, self.hurried = time.perf_counter(), hurried and self.machine.world == 1
+        start, self.hurried = time.perf_counter(), self.machine.world == 1
         try:
             yield
         except Interrupted:
@@ -908,13 +917,15 @@ class Loop:
         self.hurried = False
         self.clock += time.perf_counter() - start
 
-    def due(self, every):
-        return self.step % every == 0 or self.step == self.steps or self.enough
+    def state(self, optimiser, best):
+        """What `restored` takes up, for a checkpoint."""
+        facts = {"step": self.step, "best": best, "owes": self.owes}
+        return {**facts, "optimiser": optimiser.state_dict()}
 
     @property
     def validates(self):
         """Whether to validate now. Not where it was asked to stop: the run then owes it."""
-        due = self.due(self.args.val_every)
+        due = self.step % self.args.val_every == 0 or self.step == self.steps or self.enough
         self.stopping = self.stopping or due and self.agreed()
         self.owes = due and self.stopping
         return due and not self.owes
@@ -945,8 +956,7 @@ class Log:
         kept = [row for row in read_log(path) if step is not None and row["step"] <= step]
         if owes:  # what it owes comes again
             kept = [row for row in kept if row["step"] < step or "loss" in row]
-        with write_beside(path) as tmp:
-            tmp.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, **row):
         if self.path is not None:
@@ -982,8 +992,8 @@ def host_copy(state):
 def read_log(path):
     """The rows of a log.jsonl, oldest first; none if there is no file, nor a last one cut short."""
     rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
+    if path.exists():
+        for line in path.read_text().splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:

@@ -30,7 +30,7 @@ P³ voxels of a patch, F features.
 
 import contextlib
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction
 from collections import defaultdict
 from functools import partial
 from itertools import combinations, product
@@ -58,14 +58,15 @@ from common import (
     fill,
     load_checkpoint,
     machine_flags,
+    new_parser,
     read_json,
     read_table,
     save_figure,
     setup,
     to_device,
-    write_beside,
     write_json,
     write_table,
+    write_text,
 )
 from finetune_cls import (
     CLASSIFIER,
@@ -206,7 +207,7 @@ DRAWS = 1000  # bootstrap samples
 
 
 def main():
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     commands = p.add_subparsers(required=True)
     for run in (seg, cls, predict, probe, pretrain, table):
         q = commands.add_parser(run.__name__, help=run.__doc__)
@@ -885,8 +886,7 @@ def table(args, out):
             tests.append({**dict(zip(CELL, a)), "B": b[3], **pair})
     draw_boxes(out / "table.png", runs, "{task}", "{name}", ["value"])
     tables = [text_table(t) for t in (rows, tests, classes) if t]
-    with write_beside(out / "table.md") as tmp:
-        tmp.write_text("\n\n".join([*tables, NOTE, *notes]))
+    write_text(out / "table.md", "\n\n".join([*tables, NOTE, *notes]))
     print(*tables[1:], NOTE, *notes, sep="\n\n")
     finish(out, args, rows, table=rows, tests=tests, classes=classes)
 

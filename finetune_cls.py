@@ -19,7 +19,6 @@ B batch, X Y Z voxels, G patches, C width, K classes, N cases.
 
 import os
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -46,6 +45,7 @@ from common import (
     figure_of,
     fill,
     load_checkpoint,
+    new_parser,
     open_run,
     passes_of,
     read_log,
@@ -127,7 +127,7 @@ USUAL = {  # what a recipe does not say
 
 
 def parser():
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     add = p.add_argument_group("data").add_argument
     add("--task", choices=TASKS, default="phantom-cls", help="(default phantom-cls, made up)")
     add(
@@ -162,11 +162,16 @@ def parser():
 
 
 def settle(args, state, machine):
-    """Fill in what was not given, in place, and check it; returns the task, one of TASKS.
+    """Fill in what was not given, in place, and check it; returns the task, one of TASKS, and the
+    encoder of --init, or one as in the run to resume, whose weights come later.
 
     What depends on the number of cases comes later.
     """
-    config = first_encoder(args, state, machine).config
+    if state:
+        encoder = Model(config_of(Config, state, args.out))
+    else:
+        encoder = new_encoder(args.init, "base" if machine.cuda else "nano", machine)
+    config = encoder.config
     task = TASKS[args.task]
     recipe, volume = task["recipe"], task["volume"]
     if config.width == SIZES["nano"]["width"]:
@@ -185,7 +190,7 @@ def settle(args, state, machine):
         raise BadInput(f"--range {low:g} {high:g}: LOW must be below HIGH")
     grid_of(args.volume, config.patch)
     split_batch(args, machine, 16)
-    return task
+    return task, encoder
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ def main():
     args, state = resumed(p, args, args.out, CLASSIFIER)
     out = Path(args.out)
     machine = setup(args)
-    task = settle(args, state, machine)
+    task, encoder = settle(args, state, machine)
 
     # data
     args.data = data_of(args.task, args.data, machine)
@@ -236,17 +241,15 @@ def main():
     weights = (len(train) / (K * counts)) ** args.class_weights  # False: all 1
     weights = torch.from_numpy(weights).float().to(machine.device)
     epoch = len(train) / args.batch  # steps
-    steps = {"steps": ceil(args.epochs * epoch), "val_every": ceil(epoch)}
-    fill(args, steps)
+    fill(args, {"steps": ceil(args.epochs * epoch), "val_every": ceil(epoch)})
 
     # model, optimiser
-    torch.manual_seed(args.seed)
-    encoder = first_encoder(args, state, machine).requires_grad_(not args.freeze)
+    encoder.requires_grad_(not args.freeze)
     encoder.head.requires_grad_(False)  # predicts patches, is not used here
     choose_kernels(encoder, args, machine)
     model = Classifier(encoder, K, args.pool).to(machine.device)
     net = distribute(model, args, machine)
-    groups = layer_decay_groups(model, args.lr, args.wd, args.layer_decay)
+    groups = layer_decay_groups(model, args.wd, args.layer_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)
     if state:
         fit(model, state["model"], out / "ckpt.pt")
@@ -272,7 +275,7 @@ def main():
     # loop
     if owes:
         validate_at(first)
-    loop = Loop(args, machine, log, first, args.steps, "training", samples_per_s=args.batch)
+    loop = Loop(args, machine, log, first, "training", samples_per_s=args.batch)
     enough = args.patience * args.val_every or args.steps  # steps without a better AUC
     loop.enough = first - best[2] >= enough
     samples = loop.batches(Stream(train, args.seed, args.flip))
@@ -283,12 +286,11 @@ def main():
         loss = train_step(net, samples, weights, args, machine)
         loop.update(optimiser, lr, loss, args.clip)
         if loop.validates:
-            with loop.paused(hurried=True):
+            with loop.paused():
                 validate_at(loop.step)
                 loop.enough = loop.step - best[2] >= enough
         if loop.saves:
-            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            save("ckpt.pt", step=loop.step, **more)
+            save("ckpt.pt", **loop.state(optimiser, best))
     if not loop.finished:
         return
 
@@ -587,13 +589,6 @@ class Stream:
 # ---- the classifier --------------------------------------------------------------------------
 
 
-def first_encoder(args, state, machine):
-    """The encoder of --init, or one as in the run to resume, whose weights come later."""
-    if state:
-        return Model(config_of(Config, state, args.out))
-    return new_encoder(args.init, "base" if machine.cuda else "nano", machine)
-
-
 class Classifier(nn.Module):
     """Encoder, pooling, linear layer without bias: [B, X, Y, Z] -> logits [B, K].
 
@@ -630,14 +625,14 @@ def load_classifier(path):
 
 
 @torch.no_grad()
-def predict_probs(net, cases, machine, batch=8):
+def predict_probs(net, cases, machine):
     """Labels [N] and probabilities [N, K] of prepared cases: each rank a share, then reduced."""
     probs = torch.zeros(len(cases), net.score.out_features).double().to(machine.device)
-    for i in range(machine.rank * batch, len(cases), machine.world * batch):
-        volume = torch.stack([load_volume(c) for c in cases[i : i + batch]])
+    for i in range(8 * machine.rank, len(cases), 8 * machine.world):
+        volume = torch.stack([load_volume(c) for c in cases[i : i + 8]])
         with machine.autocast():
             logits = net(volume.to(machine.device).float())
-        probs[i : i + batch] = logits.double().softmax(1)
+        probs[i : i + 8] = logits.double().softmax(1)
     return column(cases, "label"), machine.sum(probs).cpu().numpy()
 
 
@@ -811,7 +806,7 @@ def shortcut(train, test, K, seed):
 # ---- reports ---------------------------------------------------------------------------------
 
 
-def score_split(net, parts, split, classes, out, machine, seed=0, **facts):
+def score_split(net, parts, split, classes, out, machine, seed, **facts):
     """Score the prepared cases parts[split], once, with the thresholds of parts["val"].
 
     Prints the scores and writes scores.csv (both splits), roc.png, confusion.png, cases.png and at

@@ -23,7 +23,6 @@ import itertools
 import os
 import re
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,6 +36,7 @@ from numpy.random import default_rng
 from scipy.ndimage import find_objects
 from scipy.spatial.transform import Rotation
 from torch import nn
+from torch.signal.windows import gaussian
 from tqdm import tqdm
 
 from common import (
@@ -51,6 +51,7 @@ from common import (
     fill,
     is_like,
     load_checkpoint,
+    new_parser,
     open_run,
     passes_of,
     read_json,
@@ -197,7 +198,7 @@ LAYOUT = (
 
 
 def parser():
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     add = p.add_argument_group("data").add_argument
     add("--task", help=f"{', '.join(TASKS)}, or a name of your own with --data")
     add("--data", metavar="DIR", help="in the Decathlon layout (default: data/TASK)")
@@ -326,7 +327,7 @@ def main():
     # model, optimiser
     model = build(args, state, setting, machine)
     net = distribute(model, args, machine)
-    groups = layer_decay_groups(model, args.lr, args.wd, args.layer_decay)
+    groups = layer_decay_groups(model, args.wd, args.layer_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     dice = None
     if state:
@@ -355,7 +356,7 @@ def main():
     # loop
     if owes:
         validate_at(first)
-    loop = Loop(args, machine, log, first, args.steps, "segmentation", samples_per_s=args.units)
+    loop = Loop(args, machine, log, first, "segmentation", samples_per_s=args.units)
     waited = 0.0
     samples = loop.batches(Crops(train, setting["roi"], args.crops, args.seed))
     for step in loop:
@@ -366,11 +367,10 @@ def main():
             loop.per_second["waiting"], waited = waited / (step + 1 - loop.since), 0.0
         loop.update(optimiser, lr, loss, args.clip)
         if loop.validates:
-            with loop.paused(hurried=True):
+            with loop.paused():
                 validate_at(loop.step)
         if loop.saves:
-            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            save("ckpt.pt", step=loop.step, train=names, args=vars(args), **more)
+            save("ckpt.pt", train=names, args=vars(args), **loop.state(optimiser, best))
     if loop.finished:
         if dice is None:  # the run to resume was at its end
             dice, _ = evaluate(model, val, setting, machine)
@@ -813,7 +813,7 @@ def degrade(v, u):
     if u[17] < 0.1:
         v = v + noise(v.shape, u[18], v) * (0.1 * u[19]) ** 0.5
     if u[20] < 0.2:
-        weights = bell(7, 0.5 + 0.5 * u[21]).to(v.device, non_blocking=True)
+        weights = gaussian(7, std=0.5 + 0.5 * u[21]).to(v.device, non_blocking=True)
         for _ in range(3):  # the last axis, which then comes first
             v = (F.pad(v, (3, 3)).unfold(2, 7, 1) @ (weights / weights.sum())).movedim(2, 0)
     if u[22] < 0.15:
@@ -829,11 +829,6 @@ def degrade(v, u):
         span = high - low
         v = ((v - low) / span.clamp(min=1e-6)) ** (0.7 + 0.8 * u[29]) * span + low
     return v
-
-
-def bell(n, sigma):
-    """A Gaussian at n points, 1 in their middle."""
-    return torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / sigma) ** 2)
 
 
 # ---- network ---------------------------------------------------------------------------------
@@ -1004,7 +999,7 @@ def sliding_window(
     pads = [n for pair in reversed(room) for n in pair]
     volume = volume.to(device).float()
     volume = F.pad(volume, pads) if any(pads) else volume
-    weight = torch.cartesian_prod(*(bell(r, r / 8) for r in roi)).prod(1).view(*roi)
+    weight = torch.cartesian_prod(*(gaussian(r, std=r / 8) for r in roi)).prod(1).view(*roi)
     weight = weight.clamp(min=1e-3).to(device)  # the corners would all but vanish
     xs, *rest = map(starts, volume.shape, roi, [overlap] * 3)
     corners, flips = [*itertools.product(*rest)], [()]
@@ -1064,8 +1059,9 @@ def evaluate(model, cases, setting, machine):
     for i in tqdm(mine, desc="validation", leave=False, disable=not machine.main):
         image, target = (torch.tensor(opened(cases[i], a)) for a in ("image", "label"))
         with machine.autocast():
-            how = {"device": machine.device, "finish": labels_of}
-            prediction = sliding_window(model, image, roi, overlap, **how)
+            prediction = sliding_window(
+                model, image, roi, overlap, device=machine.device, finish=labels_of
+            )
         counts[i] = overlap_counts(prediction, target, K)
         counts[i, :, 2] += torch.tensor(cases[i]["outside"])
         if i == 0:
@@ -1101,9 +1097,10 @@ def validate(model, cases, setting, step, log, out, machine):
         panels = ("Dice + cross-entropy", ["loss"], {}), ("Dice", ["val_dice", *keys], {})
         draw_curves(out / "curves.png", read_log(log.path), *panels)
         image, target = (np.float32(opened(case, a)) for a in ("image", "label"))
-        labels = target, prediction.numpy(), classes
         title, spacing = f"{case['id']}, step {step}", case["geometry"]["spacing"]
-        draw_overlay(out / "overlay.png", image, *labels, spacing, title)
+        draw_overlay(
+            out / "overlay.png", image, target, prediction.numpy(), classes, spacing, title
+        )
     return dice, mean
 
 

@@ -12,6 +12,7 @@ B batch, X Y Z voxels, P patch edge, G patches of a volume, N tokens, C width, H
 head, L layers, K codes, S sub-images of a sequence, laid side by side along z.
 """
 
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -97,12 +98,12 @@ def token_order(grid, images, order, device="cpu"):
     return raster.permute(2, 0, 1, 3).reshape(-1)
 
 
-def waves(width, count=MOST):
-    """Positions 0 … count − 1 along an axis: [sin(p·ω), cos(p·ω)], ω_i = 10000^(−i / (C/6))."""
+def waves(width):
+    """Positions 0 … MOST − 1 along an axis: [sin(p·ω), cos(p·ω)], ω_i = 10000^(−i / (C/6))."""
     n = width // 6
     omega = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
-    angles = torch.arange(count, dtype=torch.float64)[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], 1).float()  # [count, C/3]
+    angles = torch.arange(MOST, dtype=torch.float64)[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], 1).float()  # [MOST, C/3]
 
 
 def positions(grid, width, axis=None):
@@ -293,9 +294,8 @@ class Model(nn.Module):
         c, G = self.config, 1
         for n in grid_of(shape, c.patch):
             G *= n
-        p = torch.arange(1.0, G + 1) if prefix is None else torch.tensor([prefix + 1.0])
-        p = p.double()
-        pairs = (G * (G + 1) / 2 + p * (p - 1) / 2).mean().item()
+        ahead = (G * G - 1) / 6 if prefix is None else prefix * (prefix + 1) / 2  # of the diagonal
+        pairs = G * (G + 1) / 2 + ahead
         embed, head = 2 * c.patch**3 * c.width * G, 2 * c.outputs * c.width * G
         blocks = c.layers * (24 * c.width**2 * G + 4 * c.width * pairs)
         return 2 * embed + 3 * head + 3 * blocks  # the embedding has no gradient to its input
@@ -327,27 +327,22 @@ def new_encoder(init, size, machine):
     return Model(Config(**SIZES[size]))
 
 
-def layer_decay_groups(net, lr, wd, decay=1.0):
+def layer_decay_groups(net, wd, decay):
     """AdamW's groups for a net with an `encoder`: rates fall by `decay` a layer towards the input.
 
     (Clark et al. 2020.) Embedding and begin token are layer 0, block i is layer i + 1, all else is
-    on top at `lr`. A schedule sets group["lr"] = group["scale"] · lr. Frozen weights are left out.
+    on top. A schedule sets group["lr"] = group["scale"] · lr. Frozen weights are left out.
     """
     top, layers = net.encoder.config.layers + 1, {}
     for name, w in net.named_parameters():
-        stem, part, number = (name.split(".") + ["", ""])[:3]
-        layer = top
-        if stem == "encoder" and part in ("embed", "begin"):
-            layer = 0
-        elif stem == "encoder" and part == "blocks":
-            layer = int(number) + 1
+        match = re.match(r"encoder\.(embed|begin|blocks\.(\d+))", name)
+        layer = int(match[2] or -1) + 1 if match else top
         if w.requires_grad:
             layers.setdefault(layer, []).append(w)
-    groups = []
-    for layer, weights in sorted(layers.items()):
-        scale = decay ** (top - layer)
-        groups.append({"params": weights, "scale": scale, "lr": lr * scale, "weight_decay": wd})
-    return groups
+    return [
+        {"params": weights, "scale": decay ** (top - layer), "weight_decay": wd}
+        for layer, weights in sorted(layers.items())
+    ]
 
 
 # ---- weights ---------------------------------------------------------------------------------
@@ -485,6 +480,12 @@ def timed(run, times, machine):
         wait()
         out.append(time.perf_counter() - start)
     return out
+
+
+def random_scans(B, edge, device):
+    """int16 [B, X, Y, Z] and the intensity ranges of four sub-images [B, 4, 2]."""
+    volume = torch.randint(-1000, 1000, (B, edge, edge, edge), device=device, dtype=torch.int16)
+    return volume, torch.tensor([-900.0, 900], device=device).repeat(B, 4, 1)
 
 
 def matmul_rate(machine):

@@ -16,7 +16,6 @@ voxel wide (partial volume); where it is negative, the label is the shape's. Wha
 it looks stands in tables: LOOKS, INNER and OUTER; SIGNAL, HULL and DEEP; LESIONS. Change those.
 """
 
-import argparse
 import functools
 import gzip
 import itertools
@@ -32,12 +31,14 @@ from common import (
     check_least,
     cli,
     figure_of,
+    new_parser,
     parallel,
     read_json,
     save_figure,
     write_beside,
     write_json,
     write_table,
+    write_text,
 )
 
 VERSION = 3  # of the made-up patients: folders of another version are not mixed with this one's
@@ -95,9 +96,7 @@ def write_patient(part, folder, seed, i):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser(__doc__)
     p.add_argument("--out", default="data/phantom", help="folder to write to (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="other seed, other patients")
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: all")
@@ -584,8 +583,7 @@ def finish(part, folder, patients):
             np.savez_compressed(tmp, **arrays)
     elif part == "ricord":
         for split, lines in zip(SPLITS, np.split(patients, ends)):
-            with write_beside(folder / f"{split}.txt") as tmp:
-                tmp.write_text("".join(lines))
+            write_text(folder / f"{split}.txt", "".join(lines))
 
 
 # ---- scanners and files ----------------------------------------------------------------------

@@ -18,7 +18,6 @@ B batch, S sub-images, G patches of a sequence, P³ voxels of a patch, K codes.
 """
 
 import math
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from common import (
     draw_curves,
     fill,
     load_checkpoint,
+    new_parser,
     open_run,
     optimiser_step,
     passes_of,
@@ -65,12 +65,13 @@ from model import (
     load_pretrained,
     matmul_rate,
     peak_memory,
+    random_scans,
     standardise,
     targets,
     timed,
     unpatchify,
 )
-from serialize import KINDS, PUBLISHED, Sequences, draw_strips, find_corpus, sequence_flags
+from serialize import KINDS, PUBLISHED, draw_strips, sequence_flags, train_and_val
 from tokenize_vq import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_state
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ RECIPES = {  # what a flag that was not given stands for, and what has no flag
 
 
 def parser():
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     add = p.add_argument_group("model").add_argument
     add("--init", metavar="FILE", help="weights: a checkpoint, or the published file")
     add("--size", choices=[*SIZES], help="published: base (the default; nano without CUDA)")
@@ -202,17 +203,14 @@ def main():
         check_memory(model, G, args, torch.cuda.mem_get_info(machine.device)[1])
     net = distribute(model, args, machine)
     encode = partial(codes_of, model, tokenizer)
-    rates = {"lr": args.lr, "betas": (0.9, args.beta2), "weight_decay": args.wd}
-    optimiser = torch.optim.AdamW(model.parameters(), **rates, fused=True)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.wd, fused=True
+    )
     if args.bench:
         return bench(model, net, encode, optimiser, G, args, machine)
 
     # data
-    args.data = find_corpus(machine, args.data)
-    same = {"size": args.volume, "stride": args.stride, "seed": args.seed}
-    train = Sequences(args.data, "train", mix=args.mix, **same)
-    val = Sequences(train, "val", **same)
-    machine.say(f"{', '.join(args.data)}: train {train.have}, val {val.have}, mix {args.mix}")
+    train, val = train_and_val(args, machine)
     fill(args, {"steps": steps_of(train, args)})
     val_batches = validation_set(val, G, args, machine)
     rivals = find_rivals(model, tokenizer, encode, val_batches, G, machine)
@@ -241,24 +239,23 @@ def main():
     # the loop
     if owes:
         validate(first)
-    flops = model.flops([args.volume] * 3, 0 if args.attention == "causal" else None) * args.batch
+    flops = flops_of(model, args) * args.batch
     speed = {"samples_per_s": args.batch}
     speed["of_matmul_rate"] = flops / machine.world / matmul_rate(machine)  # measured just now
     bf16 = machine.cuda and machine.dtype == torch.bfloat16
     if sheet := data_sheet(torch.cuda.get_device_name() if bf16 else ""):
         speed["mfu"] = flops / machine.world / sheet
-    loop = Loop(args, machine, log, first, args.steps, "pre-training", **speed)
+    loop = Loop(args, machine, log, first, "pre-training", **speed)
     samples = loop.batches(train)
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         loss = train_step(net, samples, encode, step, G, args, machine)
         loop.update(optimiser, lr, loss, args.clip)
         if loop.validates:
-            with loop.paused(hurried=True):
+            with loop.paused():
                 validate(loop.step)
         if loop.saves:
-            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            save("ckpt.pt", step=loop.step, **more)
+            save("ckpt.pt", **loop.state(optimiser, best))
     if loop.finished and machine.main:
         draw_samples(out / "samples.png", model, val, tokenizer, machine)
         report(read_log(out / "log.jsonl"), rivals, out, machine)
@@ -534,6 +531,11 @@ def predicted_views(model, b, tokenizer, machine):
 # ---- bench and plan --------------------------------------------------------------------------
 
 
+def flops_of(model, args):
+    """FLOP of a step on one sequence."""
+    return model.flops([args.volume] * 3, 0 if args.attention == "causal" else None)
+
+
 def memory_of(model, G, args, micro):
     """Bytes on a GPU: 16 a weight (it, its gradient, AdamW's moments), and a pass of `micro`.
 
@@ -569,12 +571,11 @@ def plan(model, G, args, machine):
         raise BadInput(f"--plan {args.plan}: a number and a kind, {', '.join(SHEETS)}: 8xH100")
     count, supply = int(count), None
     if args.steps is None or args.data:
-        same = {"size": args.volume, "stride": args.stride, "seed": args.seed}
-        data = Sequences(find_corpus(machine, args.data), mix=args.mix, **same)
+        data, _ = train_and_val(args, machine)
         fill(args, {"steps": steps_of(data, args)})
         supply = 1 / float(np.median(timed(data.__getitem__, 16, machine)))
     args.micro = min(args.micro or 72, -(-args.batch // count))
-    flops = args.batch * model.flops([args.volume] * 3, 0 if args.attention == "causal" else None)
+    flops = args.batch * flops_of(model, args)
     weights = sum(w.numel() for w in model.parameters())
     seconds = flops / (USE * count * SHEETS[kind])
     sequences = args.batch / count / seconds
@@ -600,10 +601,8 @@ def plan(model, G, args, machine):
 def bench(model, net, encode, optimiser, G, args, machine):
     """Steps of one pass a rank on random voxels: time, share of the matrix rate, peak memory."""
     args.units = args.micro * machine.world
-    size = [args.volume] * 3
-    volume = torch.randint(-1000, 1000, (args.micro, *size), dtype=torch.int16)
-    ranges = torch.tensor([-900.0, 900.0]).expand(args.micro, model.config.images, 2)
-    batch = to_device({"volume": volume, "ranges": ranges}, machine.device)
+    volume, ranges = random_scans(args.micro, args.volume, machine.device)
+    batch = {"volume": volume, "ranges": ranges}
     rate = matmul_rate(machine)
     runs, skip = (25, 5) if machine.cuda else (5, 2)
 
@@ -612,7 +611,7 @@ def bench(model, net, encode, optimiser, G, args, machine):
         optimiser_step(optimiser, args.lr, args.clip)
 
     seconds = float(np.median(timed(step, runs, machine)[skip:]))
-    achieved = model.flops(size, 0 if args.attention == "causal" else None) * args.micro / seconds
+    achieved = flops_of(model, args) * args.micro / seconds
     rate = max(rate, matmul_rate(machine))
     threads = f"CPU, {torch.get_num_threads()} threads"
     machine.say(

@@ -56,13 +56,15 @@ from common import (
     figure_of,
     is_like,
     keep_freed_memory,
+    new_parser,
     parallel,
     read_table,
     save_figure,
     write_beside,
     write_table,
+    write_text,
 )
-from model import SHEETS, SIZES, USE, Config, Model, to_unit, token_order
+from model import SHEETS, SIZES, USE, Config, Model, timed, to_unit, token_order
 from phantom import write_phantom
 
 KINDS = ("spatial", "contrast", "semantic")
@@ -86,9 +88,7 @@ nib.imageglobals.logger.setLevel("CRITICAL")  # it would say of a header what na
 
 
 def flags():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser(__doc__)
     add = p.add_argument_group("scans").add_argument
     add("--spatial", nargs="+", metavar="DIR", help="folders of CT or MR scans, searched below")
     add(
@@ -219,7 +219,7 @@ def suffix_of(path):
 
 def stem_of(path):
     """File name without its (double) suffix."""
-    name = Path(path).name
+    name = path.name
     return name[: len(name) - len(suffix_of(path) or "")]
 
 
@@ -312,10 +312,8 @@ def check_memory(shape):
 
 
 def machine_memory():
-    """Bytes that the machine has, where the system says so (Linux does)."""
-    facts = Path("/proc/meminfo")
-    found = facts.exists() and re.search(r"MemTotal: *(\d+)", facts.read_text())
-    return 1024 * int(found[1]) if found else math.inf
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_nifti(path):
@@ -524,7 +522,6 @@ def below(folder):
 
 def scans_under(folder, exclude):
     """Scans (files, or folders of DICOM slices) below `folder`, and files that look like labels."""
-    folder = Path(folder)
     if not folder.exists():
         raise BadInput(f"{folder}: no such folder")
     scans, labels = {}, []  # scans: a dict, for an ordered set
@@ -769,7 +766,7 @@ def store_array(job, values, shape, affine, source):
     source = os.path.abspath(source)
     name = f"{job['kind']} {source}"
     file = f"arrays/{digest(name, 10)}.npy"
-    with write_beside(Path(job["out"]) / file) as tmp:
+    with write_beside(job["out"] / file) as tmp:
         np.save(tmp, array, allow_pickle=False)
     return {
         **{k: job[k] for k in ("kind", "job", "stamp", "patient", "group")},
@@ -836,8 +833,7 @@ def write_skipped(path, skipped, jobs):
 
 
 def write_index(out, rows, name="index.jsonl"):
-    with write_beside(Path(out) / name) as tmp:
-        tmp.write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    write_text(Path(out) / name, "".join(f"{json.dumps(r)}\n" for r in rows))
 
 
 def holds(corpus, row):
@@ -1004,14 +1000,16 @@ def audit(corpus, data, exclude, patient, workers):
     often, found = Counter(map(stem_of, scans)), Counter()
     for scan, own in zip(scans, parallel(hashes_of, scans, workers, "reading scans")):
         who = patient_of(scan, data, often[stem_of(scan)] > 1, patient)
-        fault = own if isinstance(own, str) else None
-        same = [] if fault else [hashes[h] for h in own if h in hashes]
-        what = "voxels" if same else "name" if who in names else "unreadable" if fault else "none"
-        found[what] += 1
-        if what in ("voxels", "name"):
+        same = [hashes[h] for h in own if h in hashes]  # own: of what is unreadable, a text
+        if same or who in names:
+            what = "voxels" if same else "name"
             print(f"{scan}: the same {what} as {same[0] if same else names[who]}")
-        elif fault:
-            print(f"{scan}: {fault}")
+        elif isinstance(own, str):
+            what = "unreadable"
+            print(f"{scan}: {own}")
+        else:
+            continue
+        found[what] += 1
     print(
         f"{len(scans)} scans of {data}: {found['voxels']} are in {corpus} voxel for voxel, "
         f"{found['name']} by name alone, {found['unreadable']} could not be read"
@@ -1034,11 +1032,11 @@ def hashes_of(path):
 # ---- splits ----------------------------------------------------------------------------------
 
 
-def split_by_patient(rows, val, seed, images=4):
+def split_by_patient(rows, val, seed):
     """Give each row without one its split, by patient: those of the smallest hashes validate.
 
     A share `val` of the patients of each kind, at least one; semantic: of each type, at least
-    `images`, since a sequence takes that many. None where that would leave fewer to train on.
+    four, since a sequence takes that many. None where that would leave fewer to train on.
     Patients that have a split keep it as a corpus grows.
     """
     known = {patient_key(r) for r in rows if "split" in r}
@@ -1048,7 +1046,7 @@ def split_by_patient(rows, val, seed, images=4):
         strata[r["kind"], r["kind"] == "semantic" and r["group"]].add(patient_key(r))
         owners[r.get("hash") or r["file"]].add(patient_key(r))
     for (kind, _), patients in sorted(strata.items()):
-        least = images if kind == "semantic" else 1
+        least = 4 if kind == "semantic" else 1
         wanted = max(least, round(val * len(patients))) if len(patients) >= 2 * least else 0
         new = sorted(patients - known - held, key=lambda p: digest(f"{seed} {p[1]}", 8))
         held.update(new[: max(0, wanted - len(patients & held))])
@@ -1330,6 +1328,16 @@ def find_corpus(machine, named=None, before=None):
     return machine.gather(corpora)[0]
 
 
+def train_and_val(args, machine):
+    """The sequences that a run trains on and validates with; it is said aloud which."""
+    args.data = find_corpus(machine, args.data)
+    same = {"size": args.volume, "stride": args.stride, "seed": args.seed}
+    train = Sequences(args.data, mix=args.mix, **same)
+    val = Sequences(train, "val", **same)
+    machine.say(f"{', '.join(args.data)}: train {train.have}, val {val.have}, mix {args.mix}")
+    return train, val
+
+
 def ensure_phantom(seed=0, workers=None, say=print):
     """The corpus of made-up patients, built if it is not there yet: its folder."""
     root = Path("data/phantom")
@@ -1413,13 +1421,7 @@ def bench(data):
         files = {r["file"]: tuple(r["shape"]) for r in data.rows[kind]}
         for file in files:  # into the page cache
             Path(file).read_bytes()
-        for n in range(4):
-            data[n]
-        ends = [time.perf_counter()]
-        while ends[-1] < ends[0] + 5:
-            data[3 + len(ends)]
-            ends.append(time.perf_counter())
-        times = np.diff(ends)
+        times = np.array(timed(data.__getitem__, 104, machine)[4:])
         print(
             f"{kind:>9}: {1 / times.mean():6.0f} samples/s on one core (median "
             f"{1e3 * np.median(times):.1f} ms), {2e-6 * data.size**3:.2f} MB a sample; "

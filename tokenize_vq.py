@@ -20,7 +20,6 @@ B batch, S sub-images, G patches of a sequence, P³ voxels of a patch, K codes o
 """
 
 import math
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from common import (
     draw_curves,
     fill,
     load_checkpoint,
+    new_parser,
     open_run,
     optimiser_step,
     read_log,
@@ -54,7 +54,7 @@ from common import (
 )
 from kernels.plain import read
 from model import config_of, fit, grid_of, patchify, to_unit, unpatchify
-from serialize import KINDS, Sequences, draw_strips, find_corpus, sequence_flags
+from serialize import KINDS, draw_strips, sequence_flags, train_and_val
 
 # ---- arguments -------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ ENCODER_LR = 0.02  # of the encoder, which begins as principal components: a sha
 
 
 def parser():
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     add = p.add_argument_group("codes").add_argument
     add("--size", choices=[*RECIPES], help="of all defaults (full with CUDA, else nano)")
     add("--patch", type=int, help="edge in voxels, the model's (full 16; nano 8)")
@@ -158,11 +158,7 @@ def main():
     out = Path(args.out)
 
     # data, model, optimiser
-    args.data = find_corpus(machine, args.data)
-    same = {"size": args.volume, "stride": args.stride, "seed": args.seed}
-    train = Sequences(args.data, mix=args.mix, **same)
-    val = Sequences(train, "val", **same)
-    machine.say(f"{', '.join(args.data)}: train {train.have}, val {val.have}, mix {args.mix}")
+    train, val = train_and_val(args, machine)
     numbers = range(machine.rank, args.val_samples * len(val.kinds), machine.world)
     held_out = list(in_batches(val, numbers, "validation set", machine))
     config = TokenizerConfig(args.patch, args.codes, hidden=args.hidden, width=args.width)
@@ -201,18 +197,17 @@ def main():
     # loop
     if owes:
         validate(first)
-    loop = Loop(args, machine, log, first, args.steps, "tokenizer", samples_per_s=args.batch)
+    loop = Loop(args, machine, log, first, "tokenizer", samples_per_s=args.batch)
     loader = loop.batches(train)
     for step in loop:
         lr = cosine_lr(step, args.steps, args.lr, args.warmup)
         losses = train_step(net, tokenizer, loader, optimiser, lr, step, args, machine)
         loop.took(losses, optimiser, lr=lr)
         if loop.validates:
-            with loop.paused(hurried=True):
+            with loop.paused():
                 validate(loop.step)
         if loop.saves:
-            more = {"best": best, "owes": loop.owes, "optimiser": optimiser.state_dict()}
-            save("ckpt.pt", step=loop.step, **more)
+            save("ckpt.pt", **loop.state(optimiser, best))
     if loop.finished:
         report(tokenizer, train, val, held_out, args, machine)
 
@@ -342,12 +337,12 @@ class Quantiser(nn.Module):
         self.averages.copy_(fresh.where(dead[:, None], self.averages))
         self.codes.copy_(F.normalize(self.averages[:, :-1]))
 
-    def start(self, z, seed, machine, rounds=16):
+    def start(self, z, seed, machine):
         """k-means on unit vectors [n, D] in random order, n ≥ K, by rank 0 alone."""
         K, alone, rng = len(self.codes), replace(machine, world=1), np.random.default_rng([seed, 4])
         self.codes.copy_(z[:K])
-        for i in range(rounds):
-            most = K if i < rounds - 2 else 1
+        for i in range(16):
+            most = K if i < 14 else 1
             self.move(z, self.nearest(z), rng, alone, most, decay=0.0)
 
 
@@ -509,7 +504,7 @@ def report(tokenizer, train, val, held_out, args, machine):
 
 
 @torch.no_grad()
-def kmeans(patches, args, machine, rounds=20):
+def kmeans(patches, args, machine):
     """Plain k-means (Lloyd) on voxels [n, P³] with as many codes: its `rebuild`.
 
     Empty clusters are given to the patches worst represented.
@@ -524,7 +519,7 @@ def kmeans(patches, args, machine, rounds=20):
         return unpatchify(centres[codes], grid_of(volume.shape[1:], args.patch)), codes
 
     centres = patches[: args.codes]
-    for _ in trange(rounds, desc="k-means", disable=not machine.main, leave=False):
+    for _ in trange(20, desc="k-means", disable=not machine.main, leave=False):
         index = nearest(patches)
         error = (patches - centres[index]).square().sum(1)
         centres = patches[error.topk(args.codes).indices]  # stay where there is nothing to average

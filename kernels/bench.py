@@ -17,7 +17,6 @@ Sections: arguments · attention · patches · the step · tiles · timing · re
 B batch, N tokens, H heads, D width of a head, P patch edge, G patches of a volume, C width.
 """
 
-import argparse
 import contextlib
 import datetime
 import math
@@ -39,12 +38,13 @@ from common import (
     cli,
     draw_curves,
     machine_flags,
+    new_parser,
     setup,
-    write_beside,
     write_table,
+    write_text,
 )
 from kernels import plain
-from model import SIZES, Config, Model, data_sheet, matmul_rate, positions, timed
+from model import SIZES, Config, Model, data_sheet, matmul_rate, positions, random_scans, timed
 
 OURS, MASKED, EFFICIENT = "ours, Triton", "SDPA, mask", "SDPA, mask, EFFICIENT"
 FLEX, CAUSAL = "FlexAttention", "SDPA, causal (floor)"
@@ -81,9 +81,7 @@ HOUR = {  # --first-hour
 def main():
     parts = {"attention": bench_attention, "patches": bench_patches, "step": bench_step}
     usual, parts["tiles"] = list(parts), bench_tiles
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = new_parser(__doc__)
     p.add_argument("--part", nargs="+", choices=parts, default=usual)
     p.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     p.add_argument("--batch", type=int, default=72, help="sequences of the step (published: 72)")
@@ -118,8 +116,9 @@ def first_hour(out):
         words = words.split() + ["200" if cuda else "2"] * words.endswith("--steps")
         start, lines = time.perf_counter(), []
         print(f"== {name}: python {' '.join(words)}", flush=True)
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen([sys.executable, *words], **how) as process:
+        with subprocess.Popen(
+            [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
             for line in process.stdout:  # a bar redraws itself with \r: its last state
                 line = line.decode(errors="replace").rstrip("\r\n").split("\r")[-1] + "\n"
                 print(line, end="", flush=True)
@@ -127,8 +126,7 @@ def first_hour(out):
         minutes = (time.perf_counter() - start) / 60
         table += f"| {name} | {process.returncode} | {minutes:.1f} |\n"
         said += f"\n### {name}\n\n```\n{''.join(lines[-80:])}```\n"
-        with write_beside(out / "first-hour.md") as tmp:
-            tmp.write_text(table + said)
+        write_text(out / "first-hour.md", table + said)
     print(f"wrote {out / 'first-hour.md'}")
 
 
@@ -138,13 +136,8 @@ def first_hour(out):
 # run(*prepare(*given)) -> output, or run(*given) where prepare is None. Preparing is not timed.
 
 
-def dense_mask(qkv, prefix):
-    i = torch.arange(qkv.shape[1], device=qkv.device)
-    return ((i <= i[:, None]) | (i < prefix[:, None, None]))[:, None]  # [B, 1, N, N]
-
-
 def with_mask(qkv, prefix):
-    return qkv, prefix, dense_mask(qkv, prefix)
+    return qkv, prefix, plain.dense_mask(qkv, prefix)
 
 
 def sdpa(qkv, prefix, mask=None, backend=None):
@@ -199,7 +192,7 @@ def bench_attention(machine, args):
             qkv = normal(machine, B, N, 3, H, D)
             prefix = torch.randint(1, N + 1, (B,), device=machine.device)
             inputs.append((qkv, prefix))
-            pairs += dense_mask(qkv, prefix).sum().item() / 3
+            pairs += plain.dense_mask(qkv, prefix).sum().item() / 3
         for name, rival in attention_rivals(machine).items():
             flops = 4 * D * H * (B * N * (N + 1) / 2 if name == CAUSAL else pairs)
             work = {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}
@@ -251,12 +244,6 @@ def bench_patches(machine, args):
         yield part, name, G, partial(ways, machine, *rival), inputs[part], work[part]
 
 
-def random_scans(B, edge, device):
-    """int16 [B, X, Y, Z] and the intensity ranges of four sub-images [B, 4, 2]."""
-    volume = torch.randint(-1000, 1000, (B, edge, edge, edge), device=device, dtype=torch.int16)
-    return volume, torch.tensor([-900.0, 900], device=device).repeat(B, 4, 1)
-
-
 # ---- the step --------------------------------------------------------------------------------
 
 
@@ -280,7 +267,7 @@ class Published:
 
     def attend(self, qkv, prefix):
         if self.mask is None:
-            self.mask = dense_mask(qkv, prefix)
+            self.mask = plain.dense_mask(qkv, prefix)
         return sdpa(qkv, prefix, self.mask)
 
     def loss(self, pred, volume, prefix):

@@ -90,10 +90,7 @@ def attend(qkv, prefix=None):
     """
     B, N, _, H, D = qkv.shape
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
-    seen = None
-    if prefix is not None:
-        i = torch.arange(N, device=qkv.device)
-        seen = ((i <= i[:, None]) | (i < prefix[:, None, None]))[:, None]  # [B, 1, N, N]
+    seen = None if prefix is None else dense_mask(qkv, prefix)
     if qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
     # PyTorch's fused attention for CPUs takes twice the time of three products in bfloat16
@@ -105,6 +102,12 @@ def attend(qkv, prefix=None):
         bias = bias.expand(B, H, N, N).reshape(B * H, N, N)
         scores = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5)
     return (scores.softmax(-1) @ v).view(B, H, N, D).transpose(1, 2)
+
+
+def dense_mask(qkv, prefix):
+    """Which keys the rows see: bool [B, 1, N, N]."""
+    i = torch.arange(qkv.shape[1], device=qkv.device)
+    return ((i <= i[:, None]) | (i < prefix[:, None, None]))[:, None]
 
 
 def loss(pred, source, prefix=None):

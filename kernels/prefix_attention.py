@@ -323,6 +323,17 @@ def addressable(x):
     return x if 128 * max(x.stride(1), x.stride(-1)) < 2**31 else x.contiguous()
 
 
+KERNELS = forward_kernel, backward_kv_kernel, backward_q_kernel
+
+
+def launch(number, qkv, given):
+    """A kernel (FORWARD, BACKWARD_KV or BACKWARD_Q) for all tiles of all heads."""
+    B, N, _, H, D = qkv.shape
+    tile = {"D": D, "DP": padded(D), **tiles(number, qkv.device, N, padded(D), qkv.dtype)}
+    programs = triton.cdiv(N, tile["BN" if number == BACKWARD_KV else "BM"]) * B * H
+    kernels.launch(KERNELS[number], programs, qkv.device, *given, **tile)
+
+
 @torch.library.custom_op("ar3d::prefix_attention", mutates_args=())
 def attend_op(qkv: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
     """qkv [B, N, 3, H, D], prefix [B] -> out [B, N, H, D], base-2 log-sum-exp [B, H, N]."""
@@ -333,13 +344,11 @@ def attend_op(qkv: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
             f"attention: qkv {list(qkv.shape)} {qkv.dtype} must be [B, N, 3, H, D] in 16 or 32 "
             f"bits, and prefix {list(prefix.shape)} {prefix.dtype} integers [B]"
         )
-    qkv, DP, device = addressable(qkv), padded(D), qkv.device
+    qkv, device = addressable(qkv), qkv.device
     out = torch.empty((B, N, H, D), dtype=qkv.dtype, device=device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=device)
     given = qkv, qkv.stride(), prefix.contiguous(), out, lse, N, H, D**-0.5 * math.log2(math.e)
-    tile = tiles(FORWARD, device, N, DP, qkv.dtype)
-    programs = triton.cdiv(N, tile["BM"]) * B * H
-    kernels.launch(forward_kernel, programs, device, *given, D=D, DP=DP, **tile)
+    launch(FORWARD, qkv, given)
     return out, lse
 
 
@@ -364,12 +373,8 @@ def attend_backward_op(
     kernels.launch(delta_kernel, programs, device, *given, D=D, DP=DP, BM=BM)
     given = qkv, qkv.stride(), prefix.contiguous(), dout, dout.stride(), lse, delta, dqkv
     given += N, H, D**-0.5 * math.log2(math.e), D**-0.5
-    tile = tiles(BACKWARD_KV, device, N, DP, qkv.dtype)
-    programs = triton.cdiv(N, tile["BN"]) * B * H
-    kernels.launch(backward_kv_kernel, programs, device, *given, D=D, DP=DP, **tile)
-    tile = tiles(BACKWARD_Q, device, N, DP, qkv.dtype)
-    programs = triton.cdiv(N, tile["BM"]) * B * H
-    kernels.launch(backward_q_kernel, programs, device, *given, D=D, DP=DP, **tile)
+    launch(BACKWARD_KV, qkv, given)
+    launch(BACKWARD_Q, qkv, given)
     return dqkv
 
 

@@ -166,14 +166,15 @@ def run_loop(tmp_path, first=0, stop_after=None, at=None, save_every=99):
     args = argparse.Namespace(
         log_every=4, save_every=save_every, val_every=5, stop_after=stop_after, out="out", units=8
     )
+    args.steps = 10
     optimiser = argparse.Namespace(found_inf=torch.zeros(()))
     log = Log(tmp_path / "log.jsonl", first)
-    loop = Loop(args, machine(), log, first, 10, "test", samples_per_s=8)
+    loop = Loop(args, machine(), log, first, "test", samples_per_s=8)
     steps, validated, saved = [], [], []
     for step in loop:
         if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        loop.took(torch.tensor(float(step)), optimiser, lr=0.5)
+        loop.took({"loss": torch.tensor(float(step))}, optimiser, lr=0.5)
         steps.append(step)
         if loop.validates:
             validated.append(loop.step)
@@ -228,17 +229,17 @@ def test_a_loop_that_is_stopped_saves_and_goes_on(tmp_path):
 
 def test_validation_is_broken_off_and_owed(tmp_path):
     args = argparse.Namespace(
-        log_every=4, save_every=9, val_every=5, stop_after=None, out="o", units=8
+        log_every=4, save_every=9, val_every=5, stop_after=None, out="o", units=8, steps=10
     )
     for asked_in_step in (False, True):
-        loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 10, "test")
+        loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, "test")
         reached, saved = [], []
         for step in loop:
             if asked_in_step and step == 4:
                 loop.asked = loop.stopping = True
-            loop.took(torch.zeros(()), argparse.Namespace(found_inf=torch.zeros(())))
+            loop.took({"loss": torch.zeros(())}, argparse.Namespace(found_inf=torch.zeros(())))
             if loop.validates:
-                with loop.paused(hurried=True):
+                with loop.paused():
                     os.kill(os.getpid(), signal.SIGTERM)
                     reached.append(step)
             if loop.saves:
@@ -250,8 +251,8 @@ def test_steps_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run
     w = torch.nn.Parameter(torch.ones(3))
     optimiser = torch.optim.AdamW([w], lr=0.1, fused=True)
     args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, units=8)
-    args.out = "o"
-    loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 12, "test")
+    args.out, args.steps = "o", 12
+    loop = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, "test")
     faults = {1: math.nan, 2: math.inf, 5: math.nan, 6: math.nan, 7: math.nan}
     with pytest.raises(BadInput, match="of steps 5 to 7 .* of samples 40 to 63; nothing was saved"):
         for step in loop:
@@ -269,20 +270,21 @@ def test_gpus_ask_each_other_at_each_step_only_while_rows_take_long(tmp_path, mo
     clock, asked = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, units=8)
+    args.steps = 12
     two = argparse.Namespace(world=2, cuda=True, main=False, device=torch.device("cpu"))
     two.sum = lambda tensor: 2 * tensor
-    loop = Loop(args, two, Log(tmp_path / "log.jsonl"), 0, 12, "test")
+    loop = Loop(args, two, Log(tmp_path / "log.jsonl"), 0, "test")
     monkeypatch.setattr(loop, "agreed", lambda: asked.append(loop.step))
     for step in loop:
         clock[0] += 10 if step < 4 else 1  # the first steps compile
-        loop.took(torch.zeros(()), argparse.Namespace(found_inf=torch.zeros(())))
+        loop.took({"loss": torch.zeros(())}, argparse.Namespace(found_inf=torch.zeros(())))
     assert asked == [4, *range(4, 8), 8, 12]
 
 
 def test_a_dead_loader_process_ends_the_loop_with_what_the_step_lacks(tmp_path):
     args = argparse.Namespace(log_every=4, save_every=99, val_every=99, stop_after=None, units=2)
-    args.out, args.micro, args.workers = "o", 2, 1
-    loop, steps = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, 99, "test"), []
+    args.out, args.micro, args.workers, args.steps = "o", 2, 1, 99
+    loop, steps = Loop(args, machine(), Log(tmp_path / "log.jsonl"), 0, "test"), []
     samples = loop.batches(Numbers())
     with pytest.raises(BadInput, match="a process of the loader died"):
         for step in loop:
@@ -291,7 +293,7 @@ def test_a_dead_loader_process_ends_the_loop_with_what_the_step_lacks(tmp_path):
                 worker.kill()
                 worker.join()
             assert next(samples)["n"].tolist() == [2 * step, 2 * step + 1]
-            loop.took(torch.zeros(()), argparse.Namespace(found_inf=torch.zeros(())))
+            loop.took({"loss": torch.zeros(())}, argparse.Namespace(found_inf=torch.zeros(())))
             steps.append((loop.step, loop.saves))
     assert 3 < len(steps) < 12 and steps[-1][1]  # a few were ready; the last is saved
 

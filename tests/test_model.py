@@ -379,7 +379,7 @@ def test_layer_decay_reaches_every_weight_once():
     net = torch.nn.Module()
     net.encoder, net.decoder = Model(Config(**TINY)), torch.nn.Linear(3, 3)
     net.encoder.head.requires_grad_(False)
-    groups = layer_decay_groups(net, 1.0, 0.05, 0.5)
+    groups = layer_decay_groups(net, 0.05, 0.5)
     assert [g["scale"] for g in groups] == [0.125, 0.25, 0.5, 1.0]
     grouped = [w for g in groups for w in g["params"]]
     assert (
