@@ -974,7 +974,7 @@ class Log:
             self.writing = self.writer.submit(save_checkpoint, path, **copy)
 
     def wait(self):
-        """Until the last one is written; BadInput where it cannot be."""
+        """Until the last one is written; Unwritable where it cannot be."""
         if self.writing:
             writing, self.writing = self.writing, None
             writing.result()

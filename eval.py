@@ -474,7 +474,8 @@ def jobs_of(named, out, skipped):
             below = f.relative_to(folder).parent if folder in f.parents else ""
             target = out / below / (stem_of(f) or f.name)
             if f != folder and out.resolve() in f.resolve().parents:
-                if not f.with_name(f"{stem_of(f)}.prediction.json").exists():
+                own = stem_of(f).removesuffix(".probabilities")
+                if not f.with_name(f"{own}.prediction.json").exists():
                     skipped.append((f, "lies in --out, as what an earlier call wrote"))
             elif f in labels:
                 skipped.append((f, "looks like a label map: name the file itself"))

@@ -224,7 +224,7 @@ def parser():
     add("--micro", type=int, help="crops a pass on a device (default: its share)")
     add("--lr", type=float, help="(published: 3e-4, from scratch 1e-4; nano 2e-3)")
     add("--layer-decay", type=float, help="of --lr, downwards (published, nano: 0.75; la 0.9)")
-    words = "a twentieth of the run; quick a sixth, nano a quarter"
+    words = "published: 50 epochs; quick a sixth of the run, nano a quarter"
     training_flags(p, "out/seg-TASK", words, workers=4, compiled=True)
     return p
 

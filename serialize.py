@@ -359,10 +359,14 @@ def read_sitk(path):
             raise BadInput(
                 f"a folder with {len(series)} DICOM series; one folder a series is needed"
             )
-        reader.SetFileNames(reader.GetGDCMSeriesFileNames(file, series[0]))
-        reader.SetSpacingWarningRelThreshold(0.1)  # positions may be rounded
+        slices, where = reader.GetGDCMSeriesFileNames(file, series[0]), "0020|0032"
+        reader.SetFileNames(slices)
+        reader.MetaDataDictionaryArrayUpdateOn()
         img = reader.Execute()
-        if "ITK_non_uniform_sampling_deviation" in img.GetMetaDataKeys():
+        known = [i for i in range(len(slices)) if reader.HasMetaDataKey(i, where)]
+        at = [[float(mm) for mm in reader.GetMetaData(i, where).split("\\")] for i in known]
+        steps = [math.dist(a, b) for a, b in itertools.pairwise(at)]  # positions may be rounded
+        if steps and max(steps) > 1.5 * min(steps):
             raise BadInput("its slices are not evenly spaced: some may be missing")
     else:
         img = sitk.ReadImage(file)
@@ -509,15 +513,16 @@ def names_in(folder, title):
 
 
 def below(folder):
-    """The files below a folder, those in linked folders too."""
-    seen = set()  # a link may lead back
-    for at, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        if (real := os.path.realpath(at)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(at, name) for name in files)
+    """The files below a folder, then those in linked folders, each folder once."""
+    seen, tops = set(), [folder]  # a link may lead back
+    for top in tops:
+        for at, folders, files in os.walk(top):
+            if (real := os.path.realpath(at)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            tops += filter(os.path.islink, (os.path.join(at, name) for name in sorted(folders)))
+            yield from (Path(at, name) for name in files)
 
 
 def scans_under(folder, exclude):
@@ -649,14 +654,16 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
     stamps = {job_key(r): r["stamp"] for r in rows}
     stamps |= {job_key(r): None for r in rows if not holds(out, r)}
     jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
-    left_out = {("spatial", os.path.abspath(source)) for source, _ in skipped} - jobs.keys()
-    stamps |= dict.fromkeys(left_out)  # --exclude may be new
+    # --exclude may be new; of DICOM slices the job is their folder
+    aside = {os.path.abspath(p) for source, _ in skipped for p in (source, Path(source).parent)}
+    stamps |= dict.fromkeys({("spatial", p) for p in aside} - jobs.keys())
     for key, job in jobs.items():
         how = json.dumps([job["lesions"], job["patient"], spacing])
         stamp = [*stamp_of(job["files"]), digest(how, 8)]
         if stamps.get(key) != stamp:
             stamps[key] = None
             todo.append({**job, "out": out, "stamp": stamp, "spacing": spacing})
+    splits = {patient_key(r): r["split"] for r in rows if "split" in r}
     rows = [r for r in rows if stamps[job_key(r)]]
     say(f"{len(jobs)} scans or cases, {len(jobs) - len(todo)} of them in {out} already")
     spatial = [j for j in jobs.values() if j["kind"] == "spatial"]
@@ -686,6 +693,9 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
         last = "".join(f"; the last: {scan}: {reason}" for scan, reason in skipped[-1:])
         words = f"none of the files could be used, {len(skipped)} skipped ({out}/skipped.csv)"
         raise BadInput(words + last)
+    for r in rows:  # what is read again stays on its side
+        if "split" not in r and patient_key(r) in splits:
+            r["split"] = splits[patient_key(r)]
     write_index(out, split_by_patient(rows, val, seed))
     (out / part).unlink(missing_ok=True)
     summarise(rows, skipped, out, say)

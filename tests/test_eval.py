@@ -220,8 +220,10 @@ def test_predict_goes_on_after_a_bad_scan_and_after_a_stop(go, threshold, tmp_pa
         with pytest.raises(BadInput, match=message):
             go("predict", "--ckpt", threshold, "--out", out, *more)
         assert (folder / "a/x.nii.gz").read_bytes() == before
-    inside = ["predict", "--ckpt", threshold, folder / "a", "--no-overlay", "--out", folder / "a/p"]
-    assert "1 predicted" in go(*inside) and "0 predicted, 1 done" in go(*inside)  # not its own
+    inside = ["predict", "--ckpt", threshold, folder / "a", "--no-overlay", "--probabilities"]
+    inside += ["--out", folder / "a/p"]
+    assert "1 predicted" in go(*inside)
+    assert "0 predicted, 1 done before, 0 left out" in go(*inside)  # not its own
 
 
 def write_set(root, n=4):

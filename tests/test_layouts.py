@@ -139,8 +139,8 @@ def write(path, affine=None, values=None):
     return path
 
 
-def write_sitk(path):
-    """An .mha file, or a folder with a DICOM series."""
+def write_sitk(path, step=1.0):
+    """An .mha file, or a folder with a DICOM series, `step` mm from slice to slice."""
     sitk = pytest.importorskip("SimpleITK")
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -152,7 +152,7 @@ def write_sitk(path):
     for z, values in enumerate(voxels(path)):
         image = sitk.GetImageFromArray(values)
         image.SetMetaData("0020|000e", f"1.2.3.{crc32(str(path).encode())}")
-        image.SetMetaData("0020|0032", f"0\\0\\{z}")
+        image.SetMetaData("0020|0032", f"0\\0\\{z * step:.1f}")
         writer.Execute(image, str(path / f"{z + 1}.dcm"), False, -1)
     locale.setlocale(locale.LC_CTYPE, before)  # to write DICOM makes it C
 
@@ -379,7 +379,29 @@ def test_what_is_said_anew_holds_for_what_was_there_before(tmp_path):
     assert row["patient"] == "s/P2"
 
 
-def test_linked_folders_are_searched_once(tmp_path):
+def test_series_may_be_excluded_later_and_patients_stay_on_their_side(tmp_path):
+    write_sitk(tmp_path / "s/one")
+    for n in range(8):
+        write(tmp_path / f"s/a{n}.nii.gz")
+    folder, out = [tmp_path / "s"], tmp_path / "c"
+    before = dict(splits_of(build(*collect(folder), out, **QUIET), "patient"))
+    moved = [*before.values()].index("val")
+    splits = {p: "val" if n == moved - 1 else "train" for n, p in enumerate(before)}
+    lines = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
+    lines = [row | {"split": splits[row["patient"]]} for row in lines]  # another one validates
+    serialize.write_index(out, lines)
+    rows = build(*collect(folder), out, spacing=(1, 1, 1.1), **QUIET)  # all are read again
+    assert dict(splits_of(rows, "patient")) == splits
+    rows = build(*collect(folder, exclude=["*/one/*"]), out, spacing=(1, 1, 1.1), **QUIET)
+    assert {r["patient"] for r in rows} == {f"s/a{n}" for n in range(8)}
+
+
+def test_linked_folders_are_searched_once_under_their_own_names(tmp_path):
+    write(tmp_path / "t/labelsTr/a.nii.gz")
+    write(tmp_path / "t/imagesTr/a.nii.gz")
+    (tmp_path / "t/gt").symlink_to(tmp_path / "t/labelsTr")  # sorts first
+    scans, labels = serialize.scans_under(tmp_path / "t", serialize.LABELS)
+    assert [len(scans), len(labels)] == [1, 1]
     scans = [write(tmp_path / f"{place}/x{n}.nii.gz") for n, place in enumerate(("s", "far/in"))]
     (tmp_path / "s/link").symlink_to(tmp_path / "far")
     (tmp_path / "far/back").symlink_to(tmp_path / "s")
@@ -389,7 +411,7 @@ def test_linked_folders_are_searched_once(tmp_path):
 
 
 def test_slices_may_be_named_by_uid_and_none_may_be_missing(tmp_path):
-    write_sitk(tmp_path / "s/one")
+    write_sitk(tmp_path / "s/one", 0.625)  # rounded to 0.1
     for path in (tmp_path / "s/one").iterdir():
         path.rename(path.with_name(f"CT.1.2.840.{path.stem}"))
     (row,) = build(*collect([tmp_path / "s"]), tmp_path / "c", **QUIET)
