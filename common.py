@@ -26,6 +26,7 @@ import traceback
 import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -196,6 +197,9 @@ def parallel(fn, items, workers=None, desc=None):
     with ProcessPoolExecutor(workers, None, torch.set_num_threads, (1,)) as pool:
         try:
             yield from tqdm(pool.map(fn, items), **bar)
+        except BrokenProcessPool:
+            words = "perhaps for want of memory: fewer cores (--workers, taskset) take less"
+            raise BadInput(f"one of {workers} processes was killed, {words}") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -72,6 +72,15 @@ def test_parallel_keeps_the_order(workers):
     assert list(parallel(abs, range(-50, 0), workers)) == list(range(50, 0, -1))
 
 
+def killed(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_line():
+    with pytest.raises(BadInput, match="one of 2 processes was killed, perhaps for want of memory"):
+        list(parallel(killed, range(4), 2))
+
+
 def test_cosine_lr_warms_up_and_ends_at_zero():
     rates = [cosine_lr(s, 100, 1.0, warmup=10) for s in range(101)]
     assert rates[:10] == pytest.approx([0.1 * (s + 1) for s in range(10)])
