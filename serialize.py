@@ -1008,7 +1008,8 @@ def audit(corpus, data, exclude, patient, workers):
     names = {str(r["patient"]).split("/", r["kind"] == "spatial")[-1]: r["source"] for r in rows}
     scans, _ = scans_under(data, exclude)
     often, found = Counter(map(stem_of, scans)), Counter()
-    for scan, own in zip(scans, parallel(hashes_of, scans, workers, "reading scans")):
+    read = parallel(hashes_of, scans, workers, "reading scans")
+    for own, scan in zip(read, scans):  # in this order the processes are ended
         who = patient_of(scan, data, often[stem_of(scan)] > 1, patient)
         same = [hashes[h] for h in own if h in hashes]  # own: of what is unreadable, a text
         if same or who in names:

@@ -446,7 +446,7 @@ def test_check_says_what_would_be_read(tmp_path, run):
     assert not (tmp_path / "c").exists()
 
 
-def test_a_corpus_is_checked_and_audited(tmp_path, run):
+def test_a_corpus_is_checked_and_audited(tmp_path, run, monkeypatch):
     corpus, data = tmp_path / "c", tmp_path / "msd"
     scans = [write(tmp_path / f"ct/sub-0{n}_ct.nii.gz") for n in range(3)]
     rows = build(*collect([tmp_path / "ct"]), corpus, **QUIET)
@@ -459,7 +459,15 @@ def test_a_corpus_is_checked_and_audited(tmp_path, run):
     half = write(data / "imagesTr/spleen_6.nii.gz")
     half.write_bytes(b"half a scan")
     write(data / "labelsTr/spleen_2.nii.gz")
+    real, ended = serialize.parallel, []
+
+    def parallel(*args):
+        yield from real(*args)
+        ended.append(args)
+
+    monkeypatch.setattr(serialize, "parallel", parallel)
     told = run("--audit", corpus, "--against", data)
+    assert ended  # its processes, too: those of a generator left half-way end in a traceback
     assert f"{same}: the same voxels as {scans[1]}\n" in told
     assert f"{named}: the same name as {scans[2]}\n" in told
     assert f"{other}:" not in told and f"{half}: unreadable: " in told
