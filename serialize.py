@@ -145,7 +145,7 @@ def sequence_flags(p):
     words = "corpora (default data/corpus; without one, the phantom's)"
     add("--data", nargs="+", help=words)
     add("--volume", type=int, help="edge in voxels (default 128; nano 64)")
-    words = "slices between slabs (published: 8; nano 16: copies nothing, +0.014 Dice, README)"
+    words = "slices between slabs (published: 8; nano 16: copies nothing; README: Results)"
     add("--stride", type=int, help=words)
     words = "published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1"
     add("--mix", help=words)
