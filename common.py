@@ -112,6 +112,7 @@ def unwritable(path, e):
 
 
 def write_text(path, text):
+    """A text file, whole or not at all; Unwritable."""
     with write_beside(path) as tmp:
         tmp.write_text(text)
 

@@ -5,7 +5,7 @@
         --semantic data/deeplesion/DL_info.csv data/deeplesion/Images_nifti --out data/corpus
     python serialize.py --out data/corpus --inspect   # draws one sequence of each kind, numbered
     python serialize.py --out data/corpus --bench     # samples a second, bytes a sample, disk
-    python serialize.py --bench         # the same of noise in full size: 40 seconds, 0.7 GB
+    python serialize.py --bench         # the same of noise in full size: half a minute, 0.7 GB
     python serialize.py --spatial data/amos --check   # what would be read, and what not and why
     python serialize.py --out data/corpus --check     # whether every array is as it was written
     python serialize.py --audit data/corpus --against data/msd  # test scans pre-trained on

@@ -107,7 +107,8 @@ if [ $MORE = yes ]; then
     --out out/phantom/pre
   for seed in $SEEDS; do
     for arm in scratch pretrained; do
-      init=$([ $arm = scratch ] && echo scratch:nano --layer-decay 1 || echo out/phantom/pre/ckpt.pt)
+      init=out/phantom/pre/ckpt.pt
+      [ $arm = scratch ] && init="scratch:nano --layer-decay 1"
       run=out/phantom/organs-0.1/$arm-$seed
       part $run/metrics.json python finetune_seg.py --task phantom --preset nano --labels 0.1 \
         --seed "$seed" --init $init --out $run
