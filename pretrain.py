@@ -83,6 +83,7 @@ RECIPES = {  # what a flag that was not given stands for, and what has no flag
         "stride": 8,
         "mix": "published",
         "batch": 288,
+        "optimiser": "adamw",
         "lr": 1e-4,
         "wd": 0.01,
         "beta2": 0.999,
@@ -97,6 +98,7 @@ RECIPES = {  # what a flag that was not given stands for, and what has no flag
         "mix": "equal",
         "steps": 230,
         "batch": 8,
+        "optimiser": "muon",
         "lr": 3e-3,
         "wd": 0.05,
         "beta2": 0.95,
@@ -128,6 +130,8 @@ def parser():
     add("--steps", type=int, help="(published: 50 epochs; nano 230)")
     add("--batch", type=int, help="sequences a step, all ranks (published 288; nano 8)")
     add("--micro", type=int, help="sequences a pass (default: up to 72 on CUDA, else 8)")
+    words = "published: adamw; muon (nano), of the blocks' matrices: half the steps to a loss"
+    add("--optimiser", choices=["adamw", "muon"], help=words)
     add("--lr", type=float, help="peak learning rate (published 1e-4; nano 3e-3)")
     add("--bench", action="store_true", help="time steps on random voxels and leave")
     words = "hours, memory and bytes that the run would take on them, and leave"
@@ -154,6 +158,57 @@ def settle(args, machine):
 
 
 # ---- training --------------------------------------------------------------------------------
+
+
+def optimiser_of(model, args, machine):
+    """AdamW, or `MuonAndAdamW`."""
+    rest = dict(model.named_parameters())
+    rates = {"lr": args.lr, "betas": (0.9, args.beta2), "weight_decay": args.wd}
+    if args.optimiser == "adamw":
+        return torch.optim.AdamW(rest.values(), fused=True, **rates)
+    names = [k for k, w in rest.items() if k.startswith("blocks.") and w.ndim == 2]
+    return MuonAndAdamW([*map(rest.pop, names)], rest.values(), machine.dtype, **rates)
+
+
+class MuonAndAdamW(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for `matrices`, its products in `dtype`; AdamW for `rest`.
+
+    Muon's steps are as long as AdamW's (Liu et al. 2025, arXiv 2502.16982): one learning rate and
+    decay for both. torch.optim.Muon multiplies in bf16 on any machine, and knows no `found_inf`.
+    """
+
+    def __init__(self, matrices, rest, dtype, **rates):
+        super().__init__([{"params": matrices}, {"params": rest}], fused=True, **rates)
+        self.dtype = dtype
+        for w in matrices:  # AdamW looks for a step in all that it loads
+            self.state[w] = {"step": torch.zeros(()), "momentum": torch.zeros_like(w)}
+
+    @torch.no_grad()
+    def step(self):
+        """Where `found_inf` is not 0, nothing changes."""
+        muon, taken = self.param_groups[0], 1 - self.found_inf
+        rate = muon["lr"] * taken
+        for w in muon["params"]:
+            momentum, grad = self.state[w]["momentum"], w.grad.where(taken > 0, 0)
+            momentum.lerp_(grad, 0.05 * taken)
+            x = orthogonal(grad.lerp(momentum, 0.95), self.dtype)
+            w.mul_(1 - muon["weight_decay"] * rate)
+            w.addcmul_(x, rate, value=-0.2 * max(w.shape) ** 0.5)
+            w.grad = None  # AdamW passes it over
+        super().step()
+
+
+def orthogonal(matrix, dtype):
+    """Its singular values brought near 1: five Newton-Schulz steps (Jordan et al. 2024)."""
+    if len(matrix) > matrix.shape[1]:
+        return orthogonal(matrix.T, dtype).T
+    x = matrix.to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        gram = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, gram, x, beta=3.4445)
+    return x
 
 
 def train_step(net, samples, encode, step, G, args, machine):
@@ -203,9 +258,7 @@ def main():
         check_memory(model, G, args, torch.cuda.mem_get_info(machine.device)[1])
     net = distribute(model, args, machine)
     encode = partial(codes_of, model, tokenizer)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.wd, fused=True
-    )
+    optimiser = optimiser_of(model, args, machine)
     if args.bench:
         return bench(model, net, encode, optimiser, G, args, machine)
 
@@ -537,7 +590,7 @@ def flops_of(model, args):
 
 
 def memory_of(model, G, args, micro):
-    """Bytes on a GPU: 16 a weight (it, its gradient, AdamW's moments), and a pass of `micro`.
+    """Bytes on a GPU: 16 a weight (it, its gradient, two moments), and a pass of `micro`.
 
     34 and 38 bytes a channel, token and block were counted in the code that Inductor generates for
     bf16 with the kernels (10.7 GiB of ViT-B, 31.8 of ViT-L, 72 sequences), 36 are taken; 4 are the

@@ -18,6 +18,7 @@ SEEDS=${SEEDS:-0 1 2}        # of fine-tuning; each has labels of its own
 LABELS=${LABELS:-0.1}        # shares of the 80: 0.1 is 8 labels; or files with lists of names
 DECODERS=${DECODERS:-light}  # light: what the encoder knows; unetr: published
 STEPS=${STEPS:-1500}         # of pre-training
+OPTIMISER=${OPTIMISER:-muon} # of pre-training; the README's tables are of adamw but where it says
 TUNE=${TUNE:-400}            # of fine-tuning
 SHORT=${SHORT:-500}          # of pre-training, in the ablations
 ARMS=${ARMS:-scratch frozen pre-16 pre-4}
@@ -36,6 +37,8 @@ part() {  # part RESULT COMMAND…: run it where there is no RESULT yet, and say
   echo "== $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s: $result"
 }
 
+pretrain() { python pretrain.py --size nano --optimiser "$OPTIMISER" "$@"; }
+
 # the scans, and a corpus of the 80 that train.list names
 part data/la git clone --depth 1 https://github.com/yulequan/UA-MT data/la
 part data/corpus-la/index.jsonl python serialize.py --spatial data/la/data $GRID \
@@ -44,7 +47,7 @@ part data/corpus-la/index.jsonl python serialize.py --spatial data/la/data $GRID
 # slabs side by side (--stride 16 of 64 voxels), and overlapping as published (4)
 for stride in 16 4; do
   [[ $ARMS == *pre-$stride* ]] || continue
-  part $RUNS/pre-$stride/metrics.json python pretrain.py --data data/corpus-la --size nano \
+  part $RUNS/pre-$stride/metrics.json pretrain --data data/corpus-la \
     --stride $stride --steps "$STEPS" --val-every 250 --out $RUNS/pre-$stride
   part $RUNS/probe-$stride/metrics.json python eval.py probe --ckpt $RUNS/pre-$stride/ckpt.pt \
     --layer all --tasks la $GRID --out $RUNS/probe-$stride
@@ -81,19 +84,20 @@ if [ $MORE = yes ]; then
   # random one's with the weight decay of training from scratch)
   part $RUNS/codes/metrics.json python tokenize_vq.py --size nano --data data/corpus-la \
     --stride 16 --out $RUNS/codes
-  for arm in plain causal image overlap codes random; do
+  for arm in plain causal image overlap codes adamw random; do
     how="--stride 16"
     case $arm in
       causal) how+=" --attention causal" ;;
       image) how+=" --order image" ;;
       overlap) how="--stride 4" ;;
+      adamw) how+=" --optimiser adamw" ;;
       codes) how+=" --target vq --tokenizer $RUNS/codes/ckpt.pt" ;;
     esac
     encoder=$RUNS/short-$arm/ckpt.pt
     if [ $arm = random ]; then
       encoder=scratch:nano
     else
-      part $RUNS/short-$arm/metrics.json python pretrain.py --data data/corpus-la --size nano \
+      part $RUNS/short-$arm/metrics.json pretrain --data data/corpus-la \
         $how --steps "$SHORT" --val-every 250 --out $RUNS/short-$arm
     fi
     for seed in $SEEDS; do
@@ -103,8 +107,7 @@ if [ $MORE = yes ]; then
 
   # made-up patients: 15 organs, and nodules of two classes
   part data/phantom/corpus/index.jsonl python serialize.py --phantom
-  part out/phantom/pre/metrics.json python pretrain.py --data data/phantom/corpus --size nano \
-    --out out/phantom/pre
+  part out/phantom/pre/metrics.json pretrain --data data/phantom/corpus --out out/phantom/pre
   for seed in $SEEDS; do
     for arm in scratch pretrained; do
       init=out/phantom/pre/ckpt.pt
@@ -121,8 +124,8 @@ if [ $MORE = yes ]; then
 
   # the kinds of sequences, on the same patients: spatial alone, with contrast, with semantic too
   for mix in spatial=1 spatial=1,contrast=1 equal; do
-    part out/phantom/pre-$mix/metrics.json python pretrain.py --data data/phantom/corpus \
-      --size nano --mix $mix --steps "$SHORT" --val-every 250 --out out/phantom/pre-$mix
+    part out/phantom/pre-$mix/metrics.json pretrain --data data/phantom/corpus \
+      --mix $mix --steps "$SHORT" --val-every 250 --out out/phantom/pre-$mix
     for seed in $SEEDS; do
       run=out/phantom/mix-0.1/$mix-$seed
       part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" \
@@ -153,7 +156,7 @@ if [ -n "$NODULES" ]; then
   part data/nodules by_patient "$CROPS" data/nodules
   part data/corpus-nodules/index.jsonl python serialize.py --spatial data/nodules \
     --patient "data/nodules/([^/]+)/" --spacing 0.5 0.5 0.5 --out data/corpus-nodules
-  part out/nodules/pre/metrics.json python pretrain.py --data data/corpus-nodules --size nano \
+  part out/nodules/pre/metrics.json pretrain --data data/corpus-nodules \
     --stride 16 --steps "$SHORT" --val-every 250 --out out/nodules/pre
   for labels in 0.1 1; do
     for seed in $SEEDS; do

@@ -409,7 +409,7 @@ STATES = {
     "empty optimiser": lambda s: s | {"optimiser": {}},
     "no moments": lambda s: s | {"optimiser": s["optimiser"] | {"state": {}}},
     "moments of another shape": lambda s: with_moments(
-        s, lambda m: m | {"exp_avg": m["exp_avg"].flatten()[:1]}
+        s, lambda m: {k: v.flatten()[:1] if v.ndim else v for k, v in m.items()}
     ),
     "no step": lambda s: without(s, "step"),
     "step -1": lambda s: s | {"step": -1},

@@ -1,6 +1,8 @@
 """pretrain.py as its users run it: small volumes (16³ in 8³ patches), all else as in a real run."""
 
+import argparse
 import json
+import math
 import os
 import random
 import re
@@ -14,7 +16,7 @@ import torch
 from torch.utils.data import default_collate
 
 import pretrain
-from common import BadInput, load_checkpoint, read_log, setup
+from common import BadInput, load_checkpoint, optimiser_step, read_log, setup
 from model import SIZES, Config, Model, load_pretrained, standardise
 from serialize import KINDS, Sequences
 
@@ -46,12 +48,55 @@ def args():
     return args
 
 
+# ---- optimiser ----
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(args):
+    """As PyTorch's two on the same gradients; a step that is not finite leaves all as it was."""
+    model, twin = (Model(Config(**SIZES["nano"])) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    assert args.optimiser == "muon"
+    optimiser = pretrain.optimiser_of(model, args, argparse.Namespace(dtype=torch.bfloat16))
+    rest = dict(twin.named_parameters())
+    names = [k for k in rest if re.search(r"(qkv|proj|fc\d)\.weight", k)]
+    assert len(names) == 4 * twin.config.layers == len(optimiser.state)
+    rates = {"lr": 0.01, "weight_decay": args.wd}
+    muon = torch.optim.Muon([*map(rest.pop, names)], adjust_lr_fn="match_rms_adamw", **rates)
+    adamw = torch.optim.AdamW(rest.values(), betas=(0.9, args.beta2), fused=True, **rates)
+    for step, fault in enumerate([math.nan, 1, 1, math.inf, 1]):
+        torch.manual_seed(step)
+        for w, v in zip(model.parameters(), twin.parameters()):
+            w.grad = torch.randn_like(w) * fault
+            v.grad = w.grad.clone()
+        before = {k: w.clone() for k, w in model.state_dict().items()}
+        optimiser_step(optimiser, 0.01)
+        if fault != 1:
+            assert same(model.state_dict(), before)
+            continue
+        muon.step(), adamw.step()
+        for (k, w), v in zip(model.named_parameters(), twin.parameters()):
+            assert torch.allclose(w, v, 0, 1e-6 if k in names else 0), k
+
+
+def test_newton_schulz_brings_singular_values_near_1():
+    torch.manual_seed(0)
+    for shape in (48, 96), (96, 48), (64, 64):
+        matrix = torch.randn(shape)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        x = pretrain.orthogonal(matrix, torch.float32)
+        values = torch.linalg.svdvals(x)
+        assert 0.3 < values.min() and values.max() < 1.3
+        assert torch.allclose(u.T @ x @ v.T, (u.T @ x @ v.T).diag().diag(), atol=1e-4)
+
+
 # ---- resume ----
 
 
-@pytest.mark.parametrize("ranks, workers", [(1, 2), (2, 0)])
-def test_ten_steps_are_five_and_five(script, tmp_path, ranks, workers):
-    flags = [*SMALL, "--workers", workers]
+@pytest.mark.parametrize(
+    "ranks, workers, optimiser", [(1, 2, "adamw"), (1, 0, "muon"), (2, 0, "muon")]
+)
+def test_ten_steps_are_five_and_five(script, tmp_path, ranks, workers, optimiser):
+    flags = [*SMALL, "--workers", workers, "--optimiser", optimiser]
     whole, half = tmp_path / "whole", tmp_path / "half"
     script("pretrain.py", *flags, "--out", whole, ranks=ranks)
     script("pretrain.py", *flags, "--out", half, "--stop-after", 5, ranks=ranks)
