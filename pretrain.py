@@ -1,6 +1,6 @@
 """Pre-training: a transformer learns to predict the next patch of CT and MR sequences.
 
-    python pretrain.py                                 # CPU demo on made-up patients: 4 minutes
+    python pretrain.py                                 # CPU demo on made-up patients: 2 minutes
     python pretrain.py --data data/corpus --size base  # one GPU, ViT-B, the published recipe
     torchrun --nproc_per_node=8 pretrain.py            # eight GPUs, the same run and batch
     python pretrain.py --resume                        # goes on with out/pretrain
