@@ -130,7 +130,7 @@ def parser():
     add("--steps", type=int, help="(published: 50 epochs; nano 230)")
     add("--batch", type=int, help="sequences a step, all ranks (published 288; nano 8)")
     add("--micro", type=int, help="sequences a pass (default: up to 72 on CUDA, else 8)")
-    words = "published: adamw; muon (nano), of the blocks' matrices: half the steps to a loss"
+    words = "published: adamw; nano: muon for the blocks' matrices (left atria: half the steps)"
     add("--optimiser", choices=["adamw", "muon"], help=words)
     add("--lr", type=float, help="peak learning rate (published 1e-4; nano 3e-3)")
     add("--bench", action="store_true", help="time steps on random voxels and leave")
@@ -160,18 +160,18 @@ def settle(args, machine):
 # ---- training --------------------------------------------------------------------------------
 
 
-def optimiser_of(model, args, machine):
+def make_optimiser(model, args, machine):
     """AdamW, or `MuonAndAdamW`."""
-    rest = dict(model.named_parameters())
     rates = {"lr": args.lr, "betas": (0.9, args.beta2), "weight_decay": args.wd}
     if args.optimiser == "adamw":
-        return torch.optim.AdamW(rest.values(), fused=True, **rates)
-    names = [k for k, w in rest.items() if k.startswith("blocks.") and w.ndim == 2]
-    return MuonAndAdamW([*map(rest.pop, names)], rest.values(), machine.dtype, **rates)
+        return torch.optim.AdamW(model.parameters(), fused=True, **rates)
+    matrices = dict.fromkeys(w for w in model.blocks.parameters() if w.ndim == 2)
+    rest = [w for w in model.parameters() if w not in matrices]
+    return MuonAndAdamW([*matrices], rest, machine.dtype, **rates)
 
 
 class MuonAndAdamW(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for `matrices`, its products in `dtype`; AdamW for `rest`.
+    """Muon (Jordan et al. 2024) for `matrices` [m, n], its products in `dtype`; AdamW for `rest`.
 
     Muon's steps are as long as AdamW's (Liu et al. 2025, arXiv 2502.16982): one learning rate and
     decay for both. torch.optim.Muon multiplies in bf16 on any machine, and knows no `found_inf`.
@@ -185,21 +185,23 @@ class MuonAndAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        """Where `found_inf` is not 0, nothing changes."""
-        muon, taken = self.param_groups[0], 1 - self.found_inf
-        rate = muon["lr"] * taken
+        """Where `found_inf` (0-dim, float32) is not 0, nothing changes."""
+        muon, taken = self.param_groups[0], self.found_inf == 0
+        rate, share = muon["lr"] * taken, 0.05 * taken
+        keep = 1 - muon["weight_decay"] * rate
         for w in muon["params"]:
-            momentum, grad = self.state[w]["momentum"], w.grad.where(taken > 0, 0)
-            momentum.lerp_(grad, 0.05 * taken)
+            momentum, grad = self.state[w]["momentum"], w.grad.where(taken, 0)
+            momentum.lerp_(grad, share)
             x = orthogonal(grad.lerp(momentum, 0.95), self.dtype)
-            w.mul_(1 - muon["weight_decay"] * rate)
-            w.addcmul_(x, rate, value=-0.2 * max(w.shape) ** 0.5)
+            w.mul_(keep).addcmul_(x, rate, value=-0.2 * max(w.shape) ** 0.5)
             w.grad = None  # AdamW passes it over
         super().step()
 
 
 def orthogonal(matrix, dtype):
-    """Its singular values brought near 1: five Newton-Schulz steps (Jordan et al. 2024)."""
+    """[m, n] -> [m, n] of `dtype`: singular values brought near 1, by five Newton-Schulz steps
+    (Jordan et al. 2024).
+    """
     if len(matrix) > matrix.shape[1]:
         return orthogonal(matrix.T, dtype).T
     x = matrix.to(dtype)
@@ -258,7 +260,7 @@ def main():
         check_memory(model, G, args, torch.cuda.mem_get_info(machine.device)[1])
     net = distribute(model, args, machine)
     encode = partial(codes_of, model, tokenizer)
-    optimiser = optimiser_of(model, args, machine)
+    optimiser = make_optimiser(model, args, machine)
     if args.bench:
         return bench(model, net, encode, optimiser, G, args, machine)
 

@@ -56,7 +56,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(args):
     model, twin = (Model(Config(**SIZES["nano"])) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     assert args.optimiser == "muon"
-    optimiser = pretrain.optimiser_of(model, args, argparse.Namespace(dtype=torch.bfloat16))
+    optimiser = pretrain.make_optimiser(model, args, argparse.Namespace(dtype=torch.bfloat16))
     rest = dict(twin.named_parameters())
     names = [k for k in rest if re.search(r"(qkv|proj|fc\d)\.weight", k)]
     assert len(names) == 4 * twin.config.layers == len(optimiser.state)
@@ -73,7 +73,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(args):
         if fault != 1:
             assert same(model.state_dict(), before)
             continue
-        muon.step(), adamw.step()
+        muon.step()
+        adamw.step()
         for (k, w), v in zip(model.named_parameters(), twin.parameters()):
             assert torch.allclose(w, v, 0, 1e-6 if k in names else 0), k
 
