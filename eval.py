@@ -500,7 +500,7 @@ def predict_scan(scan, target, segment, setting, args):
     prediction, image, geometry = segment((values, ras, own), mapped, finish)
     shares = prediction
     if args.probabilities:
-        prediction = labels_of(shares)
+        prediction = shares.argmax(0).byte()
     prediction = prediction.numpy()
     labels, affine = invert(prediction, geometry)
     save_like(scan, file, labels, affine)

@@ -1005,10 +1005,8 @@ def sliding_window(
     corners, flips = [*itertools.product(*rest)], [()]
     for axis in mirror:
         flips += [(*f, axis - 3) for f in flips]
-    layer = volume.new_zeros(roi[0], *volume.shape[1:])  # of windows side by side: their weights
-    for c in corners:
-        cut(layer, (0, *c), roi).add_(weight)
-    weight, weights, sums, done = weight / len(flips), torch.zeros_like(layer), None, []
+    weights, sums, done = volume.new_zeros(roi[0], *volume.shape[1:]), None, []
+    weight /= len(flips)
     for x, end in zip(xs, [*xs[1:], volume.shape[0]]):
         for i in range(0, len(corners), batch):
             part = corners[i : i + batch]
@@ -1017,11 +1015,11 @@ def sliding_window(
             for f in flips[1:]:
                 scores = scores + predict(windows.flip(f)).float().flip(f)  # [B, K, *roi]
             if sums is None:
-                sums = layer.new_zeros(scores.shape[1], *layer.shape)
+                sums = weights.new_zeros(scores.shape[1], *weights.shape)
             for c, score in zip(part, scores):
                 cut(sums, (0, 0, *c), score.shape).addcmul_(score, weight)
+                cut(weights, (0, *c), roi).add_(weight, alpha=len(flips))
             del scores, score  # not to be held beside the next ones
-        weights += layer
         n = end - x
         done.append(finish(sums[:, :n].div_(weights[:n])).cpu())
         for planes in (sums.transpose(0, 1), weights):  # what is left moves up
@@ -1033,8 +1031,8 @@ def sliding_window(
 
 
 def labels_of(scores):
-    """[K, n, Y, Z] -> classes of the highest scores, uint8 [n, Y, Z]: an argmax by classes."""
-    best, labels = scores[0].clone(), torch.zeros_like(scores[0], dtype=torch.uint8)
+    """[K, n, Y, Z] -> classes of the highest scores, uint8 [n, Y, Z]; those go into scores[0]."""
+    best, labels = scores[0], torch.zeros_like(scores[0], dtype=torch.uint8)
     for k in range(1, len(scores)):
         labels.masked_fill_(scores[k] > best, k)
         torch.maximum(best, scores[k], out=best)

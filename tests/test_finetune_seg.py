@@ -236,7 +236,7 @@ def test_planes_are_finished_and_let_go():
     code = (
         "import re, torch; from finetune_seg import labels_of, sliding_window\n"
         "def peak():  # of this program: ru_maxrss is inherited from the one that began it\n"
-        "    return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+        "    return 1024 * int(re.search(r'HWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
         "before, volume = peak(), torch.rand(512, 96, 96)\n"
         "def predict(x): return torch.linspace(0, 1, 32).view(-1, 1, 1, 1) - x[:, None]\n"
         "out = sliding_window(predict, volume, (32, 96, 96), batch=1, finish=labels_of)\n"
