@@ -199,7 +199,7 @@ def parallel(fn, items, workers=None, desc=None):
         try:
             yield from tqdm(pool.map(fn, items), **bar)
         except BrokenProcessPool:
-            words = "perhaps for want of memory: fewer cores (--workers, taskset) take less"
+            words = "perhaps for want of memory: taskset (or serialize.py --workers) gives it fewer"
             raise BadInput(f"one of {workers} processes was killed, {words}") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -545,6 +545,8 @@ def open_run(out, args, machine, state=None):
     state: the checkpoint of a run that goes on; without one, what `out` holds of an earlier run is
     moved to out/earlier-N.
     """
+    if len({*machine.gather(state and state["step"])}) > 1:
+        raise BadInput(f"{out}: not the same checkpoint on all nodes; they need one --out")
     if not machine.main:
         return Log(None)
     lock = lock_of(out)
@@ -600,6 +602,7 @@ def micro_batches(first_step, args, machine):
             yield (step * args.units + places).tolist()
 
 
+ENDS = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
 SLOTS = 3  # batches in shared memory: one in use, the others being filled
 
 
@@ -706,7 +709,7 @@ def filled(slots, numbers, crew):
 
 def work(dataset, slots, i, workers, pipe, others):
     """In a process of the loader: samples i, i + workers, … of each batch that is asked for."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # for the process that it works for
+    for number in ENDS:  # for the process that it works for
         signal.signal(number, signal.SIG_IGN)
     for other in others:  # so that the pipe ends when the other side does
         other.close()
@@ -782,9 +785,9 @@ class Loop:
                 save(loop.step, owes=loop.owes)
 
     A row of the log has the means of the losses since the last row (each rank gives its share) and
-    each quantity a step of `per_second` as a rate, validation left out. SIGTERM and Ctrl-C end the
-    loop after the step under way or in the midst of validation, which the run then owes (a second
-    Ctrl-C is obeyed at once); --stop-after likewise.
+    each quantity a step of `per_second` as a rate, validation left out. SIGTERM, SIGHUP and Ctrl-C
+    end the loop after the step under way or in the midst of validation, which the run then owes (a
+    second Ctrl-C is obeyed at once); --stop-after likewise.
     """
 
     def __init__(self, args, machine, log, first, desc, **per_second):
@@ -803,7 +806,8 @@ class Loop:
         self.bar = tqdm(**bar, mininterval=1, unit="step")
 
     def __iter__(self):
-        handlers = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT)}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        handlers = {s: signal.signal(s, self.hear) for s in ENDS[nohup:]}
         self.total, self.since, self.clock = 0, self.step, time.perf_counter()
         try:
             while self.step < self.last and not (self.stopping or self.enough):

@@ -315,6 +315,7 @@ def draw_boxes(path, rows, title, name, scores):
 # ---- segmentation ----------------------------------------------------------------------------
 
 SCORES = ("dice", "nsd", "hd95_mm", "volume_error_ml")  # of a class of a case; NaN: undefined
+TOO_MUCH = BadInput, MemoryError, torch.OutOfMemoryError  # for one scan; the others go on
 
 
 def seg(args, out):
@@ -331,9 +332,9 @@ def seg(args, out):
             continue
         try:
             scored.append(score_one(case, segment, setting, args, out))
-        except BadInput as e:
-            skipped.append({"case": case["id"], "reason": e})
-            tqdm.write(f"left out: {case['id']}: {e}")
+        except TOO_MUCH as e:
+            skipped.append({"case": case["id"], "reason": str(e) or "not enough memory"})
+            tqdm.write(f"left out: {case['id']}: {skipped[-1]['reason']}")
     for mine in zip(*scored):  # of a grid and class
         values = np.array([[line[s] for s in SCORES] for line in mine], float)  # [N, 4]
         row = {name: mine[0][name] for name in ("grid", "class")}
@@ -451,7 +452,7 @@ def predict(args, out):
             notes_of = predict_scan(scan, target, segment, setting, args)
             write_json(notes, notes_of | {"ckpt": args.ckpt, "stamp": stamp})
             done += 1
-        except (BadInput, MemoryError, torch.OutOfMemoryError) as e:
+        except TOO_MUCH as e:
             skipped.append((scan, str(e) or "not enough memory"))
             tqdm.write(f"left out: {scan}: {skipped[-1][1]}")
     write_table(out / "skipped.csv", ["scan", "reason"], skipped)
@@ -638,6 +639,9 @@ def boxes_of(cases, roi, patch):
     for n, c in enumerate(cases):
         part = TEST if c["split"] == "val" else FIT if n % 4 else HELD
         image, label = opened(c, "image"), np.array(opened(c, "label"), np.int16)
+        if min(label.shape) < patch:
+            tqdm.write(f"left out: {c['id']}: {label.shape} voxels, less than a patch")
+            continue
         # the middle of the scan, where the patch does not divide it
         middle = boxed((m % patch // 2, m - (m % patch + 1) // 2) for m in label.shape)
         image, label = image[middle], label[middle]
@@ -949,12 +953,18 @@ def read_run(folder, args):
             how = read_json(path / "metrics.json", "the scores of eval.py seg")["args"]
             if (how["split"], Path(how["ckpt"]).name) == ("val", "ckpt.pt"):
                 rows = read_table(path / "cases.csv")
-        rows = [r for r in rows if (r["grid"], r["class"]) == ("own", "mean")]
+                scored = {
+                    f"scored with {k} {how[k]}" for k in ("data", "mirror", "overlap", "tolerance")
+                }
+        rows = [r for r in rows if r["grid"] == "own" and r["class"] != "mean"]
         for name in SCORES[:3] if rows else ():
-            scores = np.array([[float(r[name] or "nan")] for r in rows])
-            own = {"cases": [r["case"] for r in rows], "scores": scores, "dice": {}}
-            own |= {"value": float(np.nanmean(scores)), "task": f"{task}, {name}"}
-            runs.append({**run, **own, "cell": (task, labels, f"{name}, own grid", init)})
+            own = {"cases": [*dict.fromkeys(r["case"] for r in rows)], "dice": {}}
+            own["settings"] = settings | scored
+            scores = [float(r[name] or "nan") for r in rows]  # by case, then class
+            own["scores"] = np.reshape(scores, (len(own["cases"]), -1))
+            own["cell"] = task, labels, f"{name}, own grid", init
+            own |= {"value": float(value_of(own, slice(None))), "task": f"{task}, {name}"}
+            runs.append(run | own)
         return runs
     except (KeyError, TypeError, ValueError) as e:
         if isinstance(e, BadInput):
@@ -973,7 +983,7 @@ def read_scores(path):
 def value_of(run, at):
     """A run's mean Dice or AUC over the rows `at` of its cases; NaN: undefined."""
     if run["cell"][2] != "AUC":
-        return np.nanmean(class_means(run["scores"][at]))
+        return class_means(class_means(run["scores"][at])[:, None])[0]
     labels = np.array([label for _, _, label in run["cases"]])
     return np.array(macro_auc(labels[at], run["scores"][at]), float)
 
@@ -982,7 +992,8 @@ def paired(a_runs, b_runs, seed):
     """B − A, the runs of two initialisations, over the seeds that both have, and its interval.
 
     Cases (AUC: patients) are drawn with replacement; seeds are too few for that (of three, a
-    bootstrap's 95 % cover 75 %), so that theirs is Student's interval, in quadrature.
+    bootstrap's 95 % cover 75 %), so that theirs is Student's interval, in quadrature. HD95: of what
+    both have found.
     """
     pairs = [(a, b) for a in a_runs for b in b_runs if a["seed"] == b["seed"]]
     cases = {(*r["cases"],) for pair in pairs for r in pair}
@@ -990,10 +1001,17 @@ def paired(a_runs, b_runs, seed):
         return {"n": "no seed or no cases in common"}
     groups = [case if isinstance(case, str) else case[1] for case in cases.pop()]
 
-    def differences(at):
-        return np.array([value_of(b, at) - value_of(a, at) for a, b in pairs])
+    if a_runs[0]["cell"][2].startswith("hd95"):  # NaN where one has missed it
+        gaps = [0 * (a["scores"] + b["scores"]) for a, b in pairs]
+        pairs = [[r | {"scores": r["scores"] + gap} for r in p] for p, gap in zip(pairs, gaps)]
 
-    each, n = differences(np.arange(len(groups))), len(pairs)
+    def differences(at):
+        of = defaultdict(list)
+        for a, b in pairs:
+            of[a["seed"]].append(value_of(b, at) - value_of(a, at))
+        return np.array([np.mean(v) for v in of.values()])
+
+    each, n = differences(np.arange(len(groups))), len({a["seed"] for a, _ in pairs})
     mean = each.mean()
     low, high = interval([differences(at).mean() for at in resampled(groups, DRAWS, seed)])
     if n > 1 and low is not None:

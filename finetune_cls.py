@@ -234,9 +234,9 @@ def main():
     counts = np.bincount(column(train, "label"), minlength=K)
     if not counts.all():
         raise BadInput(f"--labels {args.labels}: leaves {counts} training cases of {classes}")
-    drawn = column(train, "voxels").tolist()
-    if state and state.get("train", drawn) != drawn:
-        raise BadInput(f"--data {args.data}: other cases than the run to resume trains on")
+    drawn = [f"{c['split']} {c['label']} {c['voxels']}" for c in train + val + test]
+    if state and state.get("cases") != drawn:
+        raise BadInput(f"--data {args.data}: other cases than the run to resume has")
     machine.say(f"{len(train)} training cases, {counts} of {', '.join(classes)}")
     weights = (len(train) / (K * counts)) ** args.class_weights  # False: all 1
     weights = torch.from_numpy(weights).float().to(machine.device)
@@ -262,7 +262,7 @@ def main():
     def save(name, **more):
         more |= {"format": CLASSIFIER, "config": asdict(encoder.config)}
         more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
-        more |= {"train": drawn}
+        more |= {"cases": drawn}
         log.save(name, **more)
 
     def validate_at(step):
@@ -423,7 +423,7 @@ def listed_in_lists(folder, lists):
     """The authors' lists: lines `FILE LABEL`, files relative to `folder`."""
     for split, path in zip(SPLITS, lists or [folder / f"{s}.txt" for s in SPLITS]):
         for line in lines_of(path, "a list of lines FILE LABEL, see --lists"):
-            file, _, label = line.strip().rpartition(" ")
+            file, _, label = line.strip().replace("\t", " ").rpartition(" ")
             yield file.strip(), split, label, None, folder / file.strip()
 
 
@@ -533,8 +533,8 @@ def prepare_whole(case, shape, intensity_range):
                 np.savez(tmp, volume=volume, statistics=statistics(values, *affines), voxels=voxels)
         with np.load(path) as z:
             return ready | {"statistics": z["statistics"], "voxels": str(z["voxels"])}
-    except BadInput as e:
-        return ready | {"reason": str(e)}
+    except (BadInput, MemoryError) as e:
+        return ready | {"reason": str(e) or "not enough memory"}
 
 
 def resize_whole(values, shape):

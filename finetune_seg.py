@@ -206,7 +206,7 @@ def parser():
     add("--range", nargs="+", help="LOW HIGH, percentiles or zscore (default: the task's)")
     add("--spacing", nargs=3, type=float, metavar="MM", help="(default: the task's; nano 4.5)")
     size_flag(add)
-    words = "share of the patients to train on, or a list of their names (default 1)"
+    words = "share of the cases to train on, or a list of their names (default 1)"
     add("--labels", default="1", help=words)
     add = p.add_argument_group("training").add_argument
     add("--init", help=f"a file, scratch or scratch:SIZE (default: {PRETRAINED} if it is there)")
@@ -449,6 +449,11 @@ def find_cases(name, data, classes, machine):
     cases = [dict(zip(("id", "image", "label", "split"), map(str, row))) for row in rows]
     often = Counter(c["id"] for c in cases)
     for c in cases:
+        stem = c["image"].removesuffix(".nii.gz")
+        if os.path.exists(f"{stem}_0000.nii.gz"):  # nnU-Net's names
+            c["image"] = f"{stem}_0000.nii.gz"
+        if os.path.exists(f"{stem}_0001.nii.gz"):
+            machine.say(f"{c['id']}: of its channels only the first is read")
         if often[c["id"]] > 1:  # files of one name: told apart by their folders
             c["id"] = os.path.relpath(c["image"].removesuffix(suffix_of(c["image"]) or ""), root)
     for key in ("id", "image", "label"):
@@ -490,10 +495,7 @@ def found_on_disk(root):
     """Pairs of one name in imagesTr and labelsTr (Va: validation), litter of macOS (._*) aside."""
     for split, _, tag in SPLITS:
         for label in (root / f"labels{tag}").glob("[!.]*.nii*"):
-            image = root / f"images{tag}" / label.name
-            channel = image.with_name(f"{stem_of(label)}_0000.nii.gz")  # nnU-Net's names
-            image = channel if os.path.exists(channel) else image
-            yield stem_of(label), image, label, split
+            yield stem_of(label), root / f"images{tag}" / label.name, label, split
 
 
 def listed_in_h5(root):
@@ -683,8 +685,8 @@ def prepare_case(job):
         if not os.path.exists(side):
             write_json(side, store(job, *job["how"]))
         return job | read_json(side, "a prepared case")
-    except BadInput as e:
-        return job | {"error": str(e)}
+    except (BadInput, MemoryError) as e:
+        return job | {"error": str(e) or "not enough memory"}
 
 
 def store(case, K, spacing, intensity_range):

@@ -2,8 +2,7 @@
 with AMOS's 15 organs, four-contrast brain MR with a tumour, eight kinds of lesion, nodules of two
 classes, lungs with and without opacities.
 
-    python phantom.py --out data/phantom                    # all parts: a minute, 37 MB
-    python phantom.py --out /tmp/p --picture phantom.png    # the same, and a contact sheet of them
+    python phantom.py --out data/phantom    # all parts: a minute, 37 MB
 
 The same seed gives the same voxels whatever the number of workers. Files that are there are kept, a
 part that is complete is left alone (brats is drawn again, not written). Nothing here is a patient:
@@ -30,11 +29,9 @@ from common import (
     BadInput,
     check_least,
     cli,
-    figure_of,
     new_parser,
     parallel,
     read_json,
-    save_figure,
     write_beside,
     write_json,
     write_table,
@@ -101,12 +98,9 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="other seed, other patients")
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: all")
     p.add_argument("--workers", type=int, help="processes (default: one a core)")
-    p.add_argument("--picture", metavar="FILE.png", help="draw a contact sheet of what was made")
     args = p.parse_args()
     check_least(args, seed=0)
-    folders = write_phantom(args.out, args.parts, args.seed, args.workers)
-    if args.picture:
-        draw(folders, args.picture)
+    write_phantom(args.out, args.parts, args.seed, args.workers)
 
 
 # ---- the standard patient --------------------------------------------------------------------
@@ -624,20 +618,6 @@ def save_nifti(path, data, affine, orientation="", intercept=0):
     image.header.set_slope_inter(1, intercept)
     with write_beside(path) as tmp:
         tmp.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
-
-
-def draw(folders, path):
-    """Contact sheet (PNG): of each part six volumes in three planes each."""
-    fig, axes = figure_of((12, 6 * len(folders)), 3 * len(folders), 6)
-    for row, (part, folder) in zip(itertools.count(0, 3), folders.items()):
-        axes[row, 0].set_title(part)
-        files = sorted(folder.rglob("*.nii.gz"))[:6]
-        volumes = [nib.as_closest_canonical(nib.load(f)).get_fdata() for f in files]
-        if part == "nodule":
-            volumes = np.load(folder / "nodulemnist3d.npz")["train_images"]
-        for v, planes in zip(volumes, axes[row:].T):
-            draw_planes(planes, v, *np.percentile(v, [5, 99.5]))
-    save_figure(fig, path)
 
 
 def draw_planes(axes, volume, low=0, high=1):

@@ -56,6 +56,7 @@ from common import (
     figure_of,
     is_like,
     keep_freed_memory,
+    lock_of,
     new_parser,
     parallel,
     read_table,
@@ -192,7 +193,8 @@ def main():
         )
         if args.check:
             return check_scans(*jobs, args.workers)
-        build(*jobs, args.out, args.val, args.seed, args.workers, args.spacing)
+        with lock_of(Path(args.out)):
+            build(*jobs, args.out, args.val, args.seed, args.workers, args.spacing)
     elif args.check:
         return check_corpus(Path(args.out), args.workers)
     if args.inspect or args.bench:
@@ -473,7 +475,7 @@ def to_int16(values):
 
 def collect(spatial=(), contrast=(), semantic=None, exclude=LABELS, patient=None):
     """Jobs for what the command line names, and what was left out before a file was opened."""
-    seen = [*spatial_jobs(spatial, exclude, patient), *contrast_jobs(contrast)]
+    seen = [*spatial_jobs(spatial, exclude, patient), *contrast_jobs(contrast, patient)]
     if semantic:
         seen += semantic_jobs(*semantic)
     return [j for j in seen if isinstance(j, dict)], [s for s in seen if isinstance(s, tuple)]
@@ -581,14 +583,14 @@ def patient_of(file, folder, shared_name, regex=None):
         parts = [p for p in name.parts if not re.fullmatch("(train|test)(_images)?", p)]
         return (parts or [file.name])[0]
     return (
-        str(name.parent)
+        str(name.parent if name.parent.name else file.parent)
         if shared_name
         else re.sub(r"(?<=\d)(_day\d+)?(_000\d)?$", "", stem_of(file))
     )
 
 
-def contrast_jobs(folders):
-    """A job a folder CASE/CASE-{t1n,…}.nii.gz; cases of a patient differ in their last number."""
+def contrast_jobs(folders, patient=None):
+    """A job a folder CASE/CASE-{t1n,…}.nii.gz."""
     for folder in map(Path, folders):
         files = (f for f in below(folder) if ".nii" in f.name and not f.name.startswith("._"))
         cases = sorted({f.parent for f in files})
@@ -602,8 +604,8 @@ def contrast_jobs(folders):
             if None in files:
                 yield case, f"lacks {case.name}-{CONTRASTS[files.index(None)]}.nii.gz"
             else:
-                who = re.sub(r"(?<=-\d{5})-\d{3}$", "", case.name)
-                yield job_of("contrast", case, who, case.name, files)
+                who = patient_of(files[0], folder, True, patient)
+                yield job_of("contrast", case, who, str(case), files)
 
 
 def semantic_jobs(table, folder):
@@ -649,8 +651,11 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
     spacing: mm, three, None: as it is. Returns the rows of the index; BadInput if there is none.
     """
     out, part = Path(out), "index.part.jsonl"
-    name = part if (out / part).exists() else "index.jsonl"  # part: of a run that was stopped
-    rows = read_index(out, name, whole=False) if (out / name).exists() else []
+    names = [n for n in ("index.jsonl", part) if (out / n).exists()]  # part: of a stopped run
+    rows, held = [], []
+    for name in names:
+        rows = read_index(out, name, whole=False)
+        held += rows
     stamps = {job_key(r): r["stamp"] for r in rows}
     stamps |= {job_key(r): None for r in rows if not holds(out, r)}
     jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
@@ -663,7 +668,7 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
         if stamps.get(key) != stamp:
             stamps[key] = None
             todo.append({**job, "out": out, "stamp": stamp, "spacing": spacing})
-    splits = {patient_key(r): r["split"] for r in rows if "split" in r}
+    splits = {patient_key(r): r["split"] for r in held if "split" in r}
     rows = [r for r in rows if stamps[job_key(r)]]
     say(f"{len(jobs)} scans or cases, {len(jobs) - len(todo)} of them in {out} already")
     spatial = [j for j in jobs.values() if j["kind"] == "spatial"]
@@ -1099,7 +1104,9 @@ def listed_names(path, patients):
         raise BadInput(f"--labels {path}: neither a share nor a list of names ({e})") from None
     unknown = {*names} - {*patients}
     if unknown or not names:
-        words = f"{len(unknown)} of its {len(names)} names are not in the training split"
+        words = (
+            f"{len(unknown)} of its {len(names)} names are not in the training split, or of no use"
+        )
         raise BadInput(f"--labels {path}: {words}: {', '.join(sorted(unknown)[:3])}")
     return names
 
@@ -1222,7 +1229,7 @@ def lesion_crop(array, row, size, depth):
     return resize(array[x : x + size, y : y + size], (size, size, depth))
 
 
-@lru_cache(16384)
+@lru_cache(256)  # maps have page tables, a 512th of what was read
 def open_array(path, shape):
     """A .npy of int16 as a tensor in the page cache.
 

@@ -9,6 +9,7 @@ Importing this package imports no Triton: machines without it have plain.py.
 
 import os
 import shutil
+import sysconfig
 
 import torch
 
@@ -49,6 +50,8 @@ def hindrance(device):
         return f"Triton does not import ({e})"
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
         return "Triton needs a C compiler, and there is no gcc or clang (or CC)"
+    if not os.path.exists(f"{sysconfig.get_path('include', 'posix_prefix')}/Python.h"):
+        return "Triton needs Python's headers, and there is no Python.h (python3-dev)"
     return None
 
 

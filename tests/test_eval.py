@@ -361,6 +361,7 @@ def test_boxes_tile_a_scan_and_show_each_label_once(monkeypatch, roi):
         assert target[here].tolist() == [pairs[v] for v in volume[here]]
         shown += volume[here].tolist()
     assert sorted(shown) == sorted(image[1:21, :12, :8].ravel())
+    assert not [*ev.boxes_of([{"split": "train", "id": "thin"}], roi, 10)]  # less than a patch
 
 
 def test_knn_is_brute_force():
@@ -619,17 +620,29 @@ def test_three_seeds_do_not_make_an_effect_of_chance(monkeypatch):
     assert seen <= 10  # a bootstrap over the seeds: 20 to 25
 
 
+def test_hd95_is_compared_where_both_have_found_it_and_runs_of_a_seed_are_one():
+    def run(seed, *values):
+        cell = "t", "1", "hd95_mm, own grid", "i"
+        return {"seed": seed, "cell": cell, "cases": [*"abcd"], "scores": np.array([values]).T}
+
+    a, b = run(0, 2.0, 2, 50, 50), run(0, 2.5, 2.25, np.nan, 5)
+    assert ev.paired([a], [b], 0)["B - A"] == pytest.approx((0.5 + 0.25 - 45) / 3)
+    c, d = run(1, 3.0, 3, 40, 50), run(1, 2.5, 2.25, 8, 5)
+    assert ev.paired([a, c] * 2, [b, d], 0) == ev.paired([a, c], [b, d], 0)
+
+
 def test_table_takes_the_own_grid_from_scores_of_the_last_weights(tabled, tmp_path):
     head, scores = ["case", "grid", "class", *ev.SCORES], {}
     for name, init, up in (("a", "scratch", 0.0), ("b", "x.pth", 0.3)):
         seg_run(tmp_path / name, 0.5, 0, init=init, cases={f"c{i}": [0.5] for i in range(6)})
         own = 0.1 * np.arange(1, 7) + up
         scores[name] = own.mean()
-        rows = [[f"c{i}", "own", "mean", v, v / 2, 9 if i else "", 1] for i, v in enumerate(own)]
+        rows = [[f"c{i}", "own", "liver", v, v / 2, 9 if i else "", 1] for i, v in enumerate(own)]
         rows += [[f"c{i}", "resampled", "mean", 0, 0, 0, 0] for i in range(6)]
-        rows += [[f"c{i}", "own", "liver", 0, 0, 0, 0] for i in range(6)]
+        rows += [[f"c{i}", "own", "mean", 0, 0, 0, 0] for i in range(6)]
         write_table(tmp_path / name / "eval-seg/cases.csv", head, rows)
-        how = {"split": "val", "ckpt": f"{tmp_path}/{name}/ckpt.pt"}
+        how = {"split": "val", "ckpt": f"{tmp_path}/{name}/ckpt.pt", "data": None, "mirror": False}
+        how |= {"overlap": 0.5, "tolerance": [2]}
         write_json(tmp_path / name / "eval-seg/metrics.json", {"args": how})
     _, rows, tests = tabled()
     means = {(r["metric"], r["initialisation"]): float(r["mean"]) for r in rows}

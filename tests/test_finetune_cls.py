@@ -278,8 +278,10 @@ def test_a_run_resumes_bitwise_and_looks_at_the_test_set_last(go, tmp_path, monk
     assert m["shortcut"]["features"] == 11  # of the histogram; the headers are all the same
 
     # stopped and resumed: the same, bit by bit; reading is from the cache
-    with pytest.raises(BadInput, match="other cases than the run to resume"):
-        go("--resume", "--out", "whole", "--data", make_npz(tmp_path / "other.npz", (21, 8, 12)))
+    for counts in ((21, 8, 12), (20, 8, 16)):  # to train on, to validate and to test with
+        with pytest.raises(BadInput, match="other cases than the run to resume"):
+            other = make_npz(tmp_path / f"{counts}.npz", counts)
+            go("--resume", "--out", "whole", "--data", other)
     monkeypatch.setattr(cls, "resize_whole", lambda *a: pytest.fail("resized again"))
     go(*flags, "--out", "half", "--stop-after", 5)
     assert not (half / "metrics.json").exists()

@@ -140,8 +140,3 @@ def test_ricord(home):
         change = (canvas.image - before)[0]
         assert not change[~lung].any() and (change[lung].std() > 30) == sick
         assert -831 < canvas.image[0][lung].mean() < -749
-
-
-def test_picture(home, tmp_path):
-    phantom.draw({part: home / part for part in ("amos", "nodule")}, tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").stat().st_size > 20_000

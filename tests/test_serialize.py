@@ -230,6 +230,17 @@ def test_a_build_that_is_killed_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "c/index.part.jsonl").exists()
     assert sorted(read) == ["", *"012345"]
 
+    # again of files that have changed: who validates stays the same
+    sides = {r["patient"]: r["split"] for r in rows}
+    for file in (tmp_path / "s").iterdir():
+        os.utime(file, ns=(1, 1))
+    read.clear()
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path / "c", tmp_path / "s")
+    read.append("")
+    rows = build(*collect([tmp_path / "s"]), tmp_path / "c", 0.6, 1, **QUIET)
+    assert {r["patient"]: r["split"] for r in rows} == sides
+
 
 def test_skipped_files_stay_listed_until_they_are_tried_again(tmp_path):
     for name, depth in (("a/good", 9), ("a/flat", 1), ("b/other", 10), ("b/thin", 4)):
@@ -252,7 +263,7 @@ def test_the_same_voxels_and_folders_that_overlap_are_kept_once(tmp_path):
 
 def test_contrast_cases_that_do_not_fit(tmp_path):
     for case, depths, step in (
-        ("A-00000-000", (9, 9, 9, 9), 1),
+        ("BraTS-A-00000-000", (9, 9, 9, 9), 1),
         ("A-00001-000", (9, 9, 10, 9), 1),
         ("A-00002-000", (9, 9, 9), 1),
         ("B-00000-000", (9, 9, 9, 9), 2),  # the same shape in another place
@@ -260,9 +271,13 @@ def test_contrast_cases_that_do_not_fit(tmp_path):
         for c, n in zip(CONTRASTS, depths):
             affine = np.diag([step if c == "t2w" else 1, 1, 1, 1])
             save(tmp_path / f"s/{case}/{case}-{c}.nii", ramp(9, 9, n) + len(c), affine)
+            if len(depths) == 4 and step == 1 and "00000" in case:  # another site's of that name
+                save(tmp_path / f"s/two/{case}/{case}-{c}.nii", ramp(9, 9, n) ** 2, affine)
     rows = build(*collect([], [tmp_path / "s"]), tmp_path / "c", **QUIET)
-    assert [r["contrast"] for r in rows] == list(CONTRASTS)
-    assert {(r["group"], r["patient"]) for r in rows} == {("A-00000-000", "A-00000")}
+    assert [r["contrast"] for r in rows] == [*CONTRASTS, *CONTRASTS]
+    assert {r["patient"] for r in rows} == {"BraTS-A-00000"}  # and yet two cases:
+    assert len(Sequences(tmp_path / "c", rows[0]["split"], size=8, stride=2).cases) == 2
+    assert {j["patient"] for j in collect([], [tmp_path / "s/two"], patient="two")[0]} == {"two"}
     skipped = (tmp_path / "c/skipped.csv").read_text()
     assert 'A-00001-000,"its contrasts differ in shape: 9x9x9, 9x9x9, 9x9x10' in skipped
     assert "lacks A-00002-000-t2f" in skipped
