@@ -420,6 +420,14 @@ sys.stdin.read()
     open_run(tmp_path, args, machine())  # what the dead one held is free
 
 
+@pytest.mark.parametrize("main", [True, False])
+def test_nodes_that_share_no_folder_are_refused(tmp_path, main):
+    two = argparse.Namespace(main=main, gather=lambda step: [7, step])
+    for state in (None, {"step": 6}):  # the other node has a checkpoint, or a later one
+        with pytest.raises(BadInput, match="not the same checkpoint on all nodes"):
+            open_run(tmp_path, argparse.Namespace(resume=True), two, state)
+
+
 def test_a_restarted_rank_resumes(tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     parser.add_argument("--resume", action="store_true")

@@ -133,10 +133,12 @@ def test_processes_and_accumulation_train_the_same_model(script, tmp_path):
     assert validations(tmp_path / "a") == pytest.approx(validations(tmp_path / "b"), rel=1e-5)
 
 
-TERM, CTRL_C = signal.SIGTERM, signal.SIGINT
+TERM, CTRL_C, HANG_UP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
-@pytest.mark.parametrize("ranks, workers, sent", [(1, 0, TERM), (2, 0, TERM), (1, 2, CTRL_C)])
+@pytest.mark.parametrize(
+    "ranks, workers, sent", [(1, 0, TERM), (2, 0, TERM), (2, 0, HANG_UP), (1, 2, CTRL_C)]
+)
 def test_a_signal_saves_and_leaves(script, tmp_path, ranks, workers, sent):
     """To the process; to torchrun; to the whole group, the loader's processes included."""
     flags = [*RUN, "--steps", 4000, "--val-every", 5000, "--workers", workers, "--out", tmp_path]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import serialize
-from common import BadInput, read_table
+from common import BadInput, lock_of, read_table
 from model import token_order
 from serialize import CONTRASTS, KINDS, Sequences, build, collect, read_index, read_scan, to_int16
 
@@ -571,6 +571,15 @@ def test_what_is_wrong_is_said(run, script, corpus, tmp_path):
     done = script("serialize.py", code=2)
     assert "nothing to do" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_corpus_is_built_by_one_process(run, tmp_path):
+    ramps(tmp_path / "s", 9)
+    flags = "--spatial", tmp_path / "s", "--out", tmp_path / "c"
+    with lock_of(tmp_path / "c"), pytest.raises(BadInput, match="in use by process"):
+        run(*flags)
+    run(*flags)
+    assert len(read_index(tmp_path / "c")) == 1
 
 
 def test_label_subsets_are_nested_and_stratified():
