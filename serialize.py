@@ -1,7 +1,7 @@
 """Scans on disk -> a corpus of memory-mapped int16 arrays -> an endless supply of sequences.
 
     python serialize.py --phantom       # made-up patients and their corpus, a minute on two cores
-    python serialize.py --spatial data/amos data/flare --contrast data/brats \\
+    python serialize.py --spatial data/amos/imagesTr data/flare --contrast data/brats \\
         --semantic data/deeplesion/DL_info.csv data/deeplesion/Images_nifti --out data/corpus
     python serialize.py --out data/corpus --inspect   # draws one sequence of each kind, numbered
     python serialize.py --out data/corpus --bench     # samples a second, bytes a sample, disk
