@@ -863,6 +863,7 @@ Dice: mean over classes of validation cases, with the weights of a run's last st
 split. sd: of the runs' values (n - 1). low, high: 95 % interval of B - A, A being the row's
 initialisation: by a bootstrap over the cases (AUC: the patients), widened, as the root of the sum
 of squares, by Student's interval over the seeds that both have; of a single seed, over cases alone.
+HD95: B - A is of what both have found; a run's mean, of what it has found.
 Where one pre-training is behind all seeds, its own chance is in no interval.
 """
 
@@ -992,8 +993,8 @@ def paired(a_runs, b_runs, seed):
     """B − A, the runs of two initialisations, over the seeds that both have, and its interval.
 
     Cases (AUC: patients) are drawn with replacement; seeds are too few for that (of three, a
-    bootstrap's 95 % cover 75 %), so that theirs is Student's interval, in quadrature. HD95: of what
-    both have found.
+    bootstrap's 95 % cover 75 %), so that theirs is Student's interval, in quadrature. Runs of one
+    seed count as one; HD95 is of what both have found.
     """
     pairs = [(a, b) for a in a_runs for b in b_runs if a["seed"] == b["seed"]]
     cases = {(*r["cases"],) for pair in pairs for r in pair}

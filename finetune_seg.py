@@ -447,15 +447,16 @@ def find_cases(name, data, classes, machine):
         words = f"{folder} {'holds no *.nii.gz' if folder.is_dir() else 'does not exist'}"
         raise BadInput(f"{root}: no labelled scans ({LAYOUT}); {words}")
     cases = [dict(zip(("id", "image", "label", "split"), map(str, row))) for row in rows]
-    often = Counter(c["id"] for c in cases)
+    often, several = Counter(c["id"] for c in cases), 0
     for c in cases:
         stem = c["image"].removesuffix(".nii.gz")
         if os.path.exists(f"{stem}_0000.nii.gz"):  # nnU-Net's names
             c["image"] = f"{stem}_0000.nii.gz"
-        if os.path.exists(f"{stem}_0001.nii.gz"):
-            machine.say(f"{c['id']}: of its channels only the first is read")
+        several += os.path.exists(f"{stem}_0001.nii.gz")
         if often[c["id"]] > 1:  # files of one name: told apart by their folders
             c["id"] = os.path.relpath(c["image"].removesuffix(suffix_of(c["image"]) or ""), root)
+    if several:
+        machine.say(f"{root}: cases with several channels, of which the first is read: {several}")
     for key in ("id", "image", "label"):
         seen = {}
         for c in cases:

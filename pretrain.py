@@ -271,7 +271,7 @@ def main():
     rivals = find_rivals(model, tokenizer, encode, val_batches, G, machine)
     first, best, owes = restored(state, optimiser, math.inf, owes=True)
     log = open_run(out, args, machine, state)
-    del state  # 12 bytes a weight
+    del state  # else the whole checkpoint is held to the end
     kept = {"args": vars(args)}
     if tokenizer is not None:
         kept["tokenizer"] = tokenizer_state(tokenizer)

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -286,7 +287,7 @@ def test_model_with_kernels_is_the_model_and_compiles_as_one_graph(order, target
 # ---- choice and bench ------------------------------------------------------------------------
 
 
-def test_choice(monkeypatch):
+def test_choice(monkeypatch, tmp_path):
     assert kernels.choose("torch", "cuda") == ("torch", "asked for")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert kernels.choose("auto", "cpu")[0] == "torch"
@@ -303,6 +304,10 @@ def test_choice(monkeypatch):
     assert kernels.choose("auto", "cuda") == ("torch", "GPU has compute capability below 8.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=None: (9, 0))
     monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *names: str(tmp_path))
+    name, why = kernels.choose("auto", "cuda")
+    assert name == "torch" and "no Python.h" in why
+    (tmp_path / "Python.h").touch()
     assert kernels.choose("auto", "cuda")[0] == "triton"
     monkeypatch.setattr(shutil, "which", lambda name: None)
     name, why = kernels.choose("auto", "cuda")

@@ -305,6 +305,10 @@ def test_the_decathlon(tmp_path, line):
     os.rename(first, first.with_name(f"{names[0]}_0000.nii.gz"))
     cases, _ = find_cases(task, root, None, MACHINE)
     assert cases[0]["id"] == names[0] and os.path.exists(cases[0]["image"])
+    said, second = [], write(first.with_name(f"{names[0]}_0001.nii.gz"))
+    find_cases(task, root, None, SimpleNamespace(say=said.append))
+    assert said == [f"{root}: cases with several channels, of which the first is read: 1"]
+    second.unlink()
     os.rename(cases[0]["image"], first)
     jobs, left = collect([root])  # to pre-train on
     assert {j["patient"] for j in jobs} == {f"{folder}/{n}" for n in (*names, "test_1")}
