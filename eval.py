@@ -573,14 +573,17 @@ def probe(args, out):
     encode = partial(tokens_of, nets, {f", block {i}": int(i) for i in layers} or {"": -1}, machine)
     edge = int(np.ravel(run.get("volume") or 8 * c.patch)[0])
     fill(args, {"roi": [edge] * 3})
-    for task in args.tasks:
+    targets = []
+    for task in args.tasks:  # what one of them lacks is said before any is probed
         if task == "lesions":
             target = lesions(args.corpus, edge, edge // c.images, machine)
         elif task in finetune_cls.TASKS:
             target = whole_scans(task, args, c.patch, machine)
         else:
             target = organs(task, args, c.patch, machine)
-        rows += probe_target(task, *target, encode, c.patch, args.k)
+        targets.append((task, *target))
+    for target in targets:
+        rows += probe_target(*target, encode, c.patch, args.k)
     draw_boxes(out / "probe.png", rows, "{target}, {probe}", "{features}", METRICS[1:2])
     finish(out, args, rows, probes=rows)
 

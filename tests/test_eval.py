@@ -461,11 +461,15 @@ def test_probe_on_the_phantom(go, tmp_path):
         (["--ckpt", "{0}/odd.pt"], "neither a checkpoint of pretrain.py"),
         (["--ckpt", "{0}/ckpt.pt", "--layer", "2"], "blocks are 0 to 1"),
         (["--ckpt", "{0}/ckpt.pt", "--tasks", "amos", "--data", "{0}"], "no labelled scans"),
-        (["--ckpt", "{0}/ckpt.pt", "--tasks", "nonsense"], "no such folder"),
+        (["--ckpt", "{0}/ckpt.pt", "--tasks", "phantom", "nonsense"], "no such folder"),
         (["--ckpt", "{0}/ckpt.pt", "--tasks", "lesions", "--corpus", "{0}"], "no corpus there"),
     ],
 )
-def test_probe_says_what_is_wrong(go, tmp_path, flags, message):
+def test_probe_says_what_is_wrong(go, tmp_path, flags, message, monkeypatch):
+    def too_late(*_):
+        raise AssertionError("probed before the fault was found")
+
+    monkeypatch.setattr(ev, "probe_target", too_late)
     save_checkpoint(tmp_path / "ckpt.pt", **checkpoint_state(Model(TINY)))
     torch.save({"x": 1}, tmp_path / "odd.pt")
     with pytest.raises(BadInput, match=message):
