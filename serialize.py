@@ -184,6 +184,7 @@ def main():
     settle(args)
     if args.phantom:
         args.out = ensure_phantom(args.seed, args.workers)
+        print(f"{args.out} is there; delete data/phantom to have others made")
     if args.audit:
         named = Path(args.audit), Path(args.against)
         return audit(*named, args.exclude, args.patient, args.workers)
@@ -830,8 +831,10 @@ def summarise(rows, skipped, out, say):
             )
     blind = [r["source"] for r in rows if "unoriented" in r]
     if blind:
-        say(f"warning: {len(blind)} have neither sform nor qform, {blind[0]} first: their")
-        say("orientation is not known, and taken as NIfTI's default")
+        say(
+            f"warning: {len(blind)} have neither sform nor qform, {blind[0]} first: their "
+            "orientation is not known, and taken as NIfTI's default"
+        )
     first = {reason: source for source, reason in reversed(skipped)}
     for reason, n in Counter(reason for _, reason in skipped).most_common(10):
         say(f"  {reason}: {n} skipped, the first {first[reason]}")

@@ -284,6 +284,15 @@ def test_contrast_cases_that_do_not_fit(tmp_path):
     assert "not co-registered: B-00000-000-t2w" in skipped
 
 
+def test_a_scan_that_does_not_say_how_it_lies_is_named(tmp_path):
+    ramps(tmp_path / "s", 9)
+    blind = save(tmp_path / "s/blind.nii", ramp(9, 9, 10), sform_code=0, qform_code=0)
+    said = []
+    build(*collect([tmp_path / "s"]), tmp_path / "c", workers=0, say=said.append)
+    [warning] = [words for words in said if words.startswith("warning")]
+    assert f"1 have neither sform nor qform, {blind} first" in warning
+
+
 def test_whose_scan_a_path_is(tmp_path):
     names = "sub-03/ses-1/sub-03_dwi BraTS-GLI-00012-001/x amos_0007 FLARE22_Tr_0001_0000 a/ct b/ct"
     whose = ["sub-03", "BraTS-GLI-00012", "amos_0007", "FLARE22_Tr_0001", "a", "b"]
