@@ -72,7 +72,7 @@ from model import (
     new_encoder,
     untrained,
 )
-from phantom import draw_planes, write_phantom
+from phantom import write_phantom
 from serialize import (
     check_volume,
     digest,
@@ -422,7 +422,12 @@ def listed_in_npz(path, _):
 def listed_in_lists(folder, lists):
     """The authors' lists: lines `FILE LABEL`, files relative to `folder`."""
     for split, path in zip(SPLITS, lists or [folder / f"{s}.txt" for s in SPLITS]):
-        for line in lines_of(path, "a list of lines FILE LABEL, see --lists"):
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            words = f"cannot be read ({e}); a list of lines FILE LABEL is needed, see --lists"
+            raise BadInput(f"{path}: {words}") from None
+        for line in filter(str.strip, lines):
             file, _, label = line.strip().replace("\t", " ").rpartition(" ")
             yield file.strip(), split, label, None, folder / file.strip()
 
@@ -432,15 +437,6 @@ def listed_in_csv(path, _):
     for row in read_table(path, "a CSV with columns file,label,split[,patient]"):
         file, split, label = (row.get(k) or "" for k in ("file", "split", "label"))
         yield file, split, label.strip(), row.get("patient"), path.parent / file
-
-
-def lines_of(path, what):
-    """The lines of a text that are not blank."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: cannot be read ({e}); it should be {what}") from None
-    return [line for line in lines if line.strip()]
 
 
 def column(cases, key):
@@ -897,7 +893,10 @@ def draw_cases(path, cases, probs, classes):
         ax.axis("off")
     for rows, mask in zip(np.split(axes, 2), (decided == labels, decided != labels)):
         for i, planes in zip(order[mask[order]], rows.T):
-            draw_planes(planes, load_volume(cases[i]).float().numpy())
+            volume = load_volume(cases[i])
+            for ax, axis in zip(planes, (2, 1, 0)):
+                view = volume.select(axis, volume.shape[axis] // 2).T
+                ax.imshow(view.float(), "gray", vmin=0, vmax=1, origin="lower", aspect="auto")
             words = f"is {classes[labels[i]]}\nscored {classes[decided[i]]} {probs[i].max():.2f}"
             planes[0].set_title(words, fontsize=9)
     save_figure(fig, path)

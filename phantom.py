@@ -620,13 +620,5 @@ def save_nifti(path, data, affine, orientation="", intercept=0):
         tmp.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
-def draw_planes(axes, volume, low=0, high=1):
-    """The middle slices of a volume [X, Y, Z] across z, y and x, in grey, each on one of axes."""
-    for ax, axis in zip(axes, (2, 1, 0)):
-        view = volume.take(volume.shape[axis] // 2, axis).T
-        ax.imshow(view, "gray", vmin=low, vmax=high, origin="lower", aspect="auto")
-        ax.axis("off")
-
-
 if __name__ == "__main__":
     cli(main)

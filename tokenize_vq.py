@@ -557,17 +557,13 @@ def evaluate(rebuild, held_out, args, machine):
         scores[name] = torch.special.entr(n / n.sum()).sum().exp().item()
     for kind, (mse, alike, count) in zip(KINDS, sums.tolist()):
         if count:
-            scores |= {f"psnr_{kind}": decibels(mse / count), f"ssim_{kind}": alike / count}
+            psnr = -10 * math.log10(max(1e-12, mse / count))
+            scores |= {f"psnr_{kind}": psnr, f"ssim_{kind}": alike / count}
     return scores
 
 
 def in_words(scores):
     return ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
-
-
-def decibels(error):
-    """PSNR of a mean squared error, peak 1."""
-    return -10 * math.log10(max(1e-12, error))
 
 
 def ssim(a, b, images):
