@@ -611,7 +611,9 @@ def batches(dataset, numbers, args, machine):
 
     --workers processes write them in place into slots of shared memory, made once: no pickling, no
     collating. The first list is the longest; a batch lasts until the next is asked for. What
-    `dataset.host_keys` names stays on the host.
+    `dataset.host_keys` names stays on the host. A dataset may have `read(n, room)`, which writes a
+    sample in place where there is room for it, and `whole`, which makes of a batch of those one of
+    what dataset[n] is, on the device.
     """
     host_keys = getattr(dataset, "host_keys", ())
     if not args.workers:
@@ -622,12 +624,14 @@ def batches(dataset, numbers, args, machine):
     first = next(numbers, None)
     if first is None:
         return
-    sample = {k: torch.as_tensor(v) for k, v in dataset[first[0]].items()}
+    read = getattr(dataset, "read", lambda n, _: dataset[n])
+    sample = {k: torch.as_tensor(v) for k, v in read(first[0], None).items()}
     slots = [{k: shared(v, len(first)) for k, v in sample.items()} for _ in range(SLOTS)]
-    crew = hire(dataset, slots, args.workers)
+    crew = hire(read, slots, args.workers)
     on_host = filled(slots, itertools.chain([first], numbers), crew)
     try:
-        yield from copied(on_host, slots, machine.device, host_keys) if machine.cuda else on_host
+        there = copied(on_host, slots, machine.device, host_keys) if machine.cuda else on_host
+        yield from map(getattr(dataset, "whole", dict), there)
     finally:
         for _, pipe in crew:
             pipe.close()
@@ -668,12 +672,12 @@ def copied(batches, slots, device, host_keys):
             torch.cuda.check_error(cuda.cudaHostUnregister(where))
 
 
-def hire(dataset, slots, workers):
+def hire(read, slots, workers):
     """Processes that fill slots, each with a pipe on which it is asked; they end with this one."""
     fork, crew = multiprocessing.get_context("fork"), []
     for i in range(workers):
         ours, theirs = fork.Pipe()
-        given = dataset, slots, i, workers, theirs, [ours, *(pipe for _, pipe in crew)]
+        given = read, slots, i, workers, theirs, [ours, *(pipe for _, pipe in crew)]
         process = fork.Process(target=work, args=given, name=f"process {i}", daemon=True)
         process.start()
         theirs.close()
@@ -707,14 +711,13 @@ def filled(slots, numbers, crew):
         free.append(slot)
 
 
-def work(dataset, slots, i, workers, pipe, others):
+def work(read, slots, i, workers, pipe, others):
     """In a process of the loader: samples i, i + workers, … of each batch that is asked for."""
     for number in ENDS:  # for the process that it works for
         signal.signal(number, signal.SIG_IGN)
     for other in others:  # so that the pipe ends when the other side does
         other.close()
     torch.set_num_threads(1)
-    read = getattr(dataset, "read", lambda n, room: dataset[n])  # in place, where it can
     with contextlib.suppress(EOFError, OSError):
         while True:
             slot, numbers = pipe.recv()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import serialize
-from common import BadInput, lock_of, read_table
+from common import BadInput, Machine, batches, lock_of, read_table
 from model import token_order
 from serialize import CONTRASTS, KINDS, Sequences, build, collect, read_index, read_scan, to_int16
 
@@ -415,13 +415,12 @@ def test_more_scans_than_files_may_be_open(tmp_path):
         assert np.array_equal(array, np.load(tmp_path / "c" / row["file"]))
 
 
-@pytest.mark.parametrize("edge", [20, 70])
-def test_an_intensity_range_is_two_exact_percentiles(edge):
+@pytest.mark.parametrize("edge, step", [(20, 1), (64, 1), (70, 3), (128, 5)])
+def test_an_intensity_range_is_two_exact_percentiles(edge, step):
     rng, shape = np.random.default_rng(0), [edge] * 3
     for crop in (rng.normal(0, 300, shape), rng.integers(-32768, 32767, shape)):
         crop = torch.from_numpy(crop.astype(np.int16))
-        counted = crop[::3, ::3] if edge > 64 else crop
-        want = np.percentile(counted, [1, 99.9], method="lower")
+        want = np.percentile(crop[::step, ::step], [1, 99.9], method="lower")
         assert np.array_equal(serialize.intensity_range(crop), want)
 
 
@@ -451,6 +450,18 @@ def test_spatial_slabs_are_of_one_crop_stride_apart(corpus, stride):
     first = rng.integers(64 - (16 + 3 * stride) + 1)
     for s, slab in enumerate(data[2]["volume"].split(16, 2)):
         assert torch.equal(slab, crop[:, :, first + s * stride :][:, :, :16])
+
+
+def test_what_overlapping_slabs_share_is_handed_over_once(corpus):
+    data = Sequences(corpus, size=64, stride=4, mix="spatial=1")
+    lists, args = [[5, 6, 7], [8, 9]], SimpleNamespace(workers=2)
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    for batch, numbers in zip(batches(data, iter(lists), args, machine), lists, strict=True):
+        assert torch.equal(batch["volume"], torch.stack([data[n]["volume"] for n in numbers]))
+        assert torch.equal(batch["ranges"], torch.stack([data[n]["ranges"] for n in numbers]))
+    assert data.read(5)["volume"].shape == (64, 64, 28) and data[5]["volume"].shape[2] == 64
+    mixed = Sequences(corpus, size=64, stride=4, mix="equal")
+    assert {mixed.read(n)["volume"].shape for n in range(9)} == {(64, 64, 64)}
 
 
 def test_contrast_takes_one_box_from_all_contrasts_of_a_patient(corpus):
