@@ -612,8 +612,8 @@ def batches(dataset, numbers, args, machine):
     --workers processes write them in place into slots of shared memory, made once: no pickling, no
     collating. The first list is the longest; a batch lasts until the next is asked for. What
     `dataset.host_keys` names stays on the host. A dataset may have `read(n, room)`, which writes a
-    sample in place where there is room for it, and `whole`, which makes of a batch of those one of
-    what dataset[n] is, on the device.
+    sample into the tensors of `room` (None: new ones), and `whole(batch)`, which on the device
+    makes a batch of what dataset[n] gives out of what `read` gave.
     """
     host_keys = getattr(dataset, "host_keys", ())
     if not args.workers:
@@ -628,10 +628,11 @@ def batches(dataset, numbers, args, machine):
     sample = {k: torch.as_tensor(v) for k, v in read(first[0], None).items()}
     slots = [{k: shared(v, len(first)) for k, v in sample.items()} for _ in range(SLOTS)]
     crew = hire(read, slots, args.workers)
-    on_host = filled(slots, itertools.chain([first], numbers), crew)
+    supply = filled(slots, itertools.chain([first], numbers), crew)
     try:
-        there = copied(on_host, slots, machine.device, host_keys) if machine.cuda else on_host
-        yield from map(getattr(dataset, "whole", dict), there)
+        if machine.cuda:
+            supply = copied(supply, slots, machine.device, host_keys)
+        yield from map(getattr(dataset, "whole", dict), supply)
     finally:
         for _, pipe in crew:
             pipe.close()
@@ -712,7 +713,10 @@ def filled(slots, numbers, crew):
 
 
 def work(read, slots, i, workers, pipe, others):
-    """In a process of the loader: samples i, i + workers, … of each batch that is asked for."""
+    """In a process of the loader: samples i, i + workers, … of each batch that is asked for.
+
+    read: as `batches` has it.
+    """
     for number in ENDS:  # for the process that it works for
         signal.signal(number, signal.SIG_IGN)
     for other in others:  # so that the pipe ends when the other side does

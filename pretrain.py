@@ -629,7 +629,7 @@ def plan(model, G, args, machine):
     if args.steps is None or args.data:
         data, _ = train_and_val(args, machine)
         fill(args, {"steps": steps_of(data, args)})
-        supply = 1 / float(np.median(timed(data.__getitem__, 16, machine)))
+        supply = 1 / float(np.median(timed(data.read, 16, machine)))
     args.micro = min(args.micro or 72, -(-args.batch // count))
     flops = args.batch * flops_of(model, args)
     weights = sum(w.numel() for w in model.parameters())

@@ -18,7 +18,7 @@ SEEDS=${SEEDS:-0 1 2}        # of fine-tuning; each has labels of its own
 LABELS=${LABELS:-0.1}        # shares of the 80: 0.1 is 8 labels; or files with lists of names
 DECODERS=${DECODERS:-light}  # light: what the encoder knows; unetr: published
 STEPS=${STEPS:-1500}         # of pre-training
-OPTIMISER=${OPTIMISER:-muon} # of pre-training; in the README adamw for light and nodules
+OPTIMISER=${OPTIMISER:-muon} # of pre-training; README: adamw for light rows, nodules, kinds
 TUNE=${TUNE:-400}            # of fine-tuning
 SHORT=${SHORT:-500}          # of pre-training, in the ablations
 ARMS=${ARMS:-scratch frozen pre-16 pre-4}
@@ -122,7 +122,8 @@ if [ $MORE = yes ]; then
     done
   done
 
-  # the kinds of sequences, on the same patients: spatial alone, with contrast, with semantic too
+  # (README: organs with --layer-decay 1 too.) The kinds of sequences, on the same patients:
+  # spatial alone, with contrast, with semantic too
   for mix in spatial=1 spatial=1,contrast=1 equal; do
     part out/phantom/pre-$mix/metrics.json pretrain --data data/phantom/corpus \
       --mix $mix --steps "$SHORT" --val-every 250 --out out/phantom/pre-$mix
