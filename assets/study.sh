@@ -105,25 +105,34 @@ if [ $MORE = yes ]; then
     done
   done
 
-  # made-up patients: 15 organs, and nodules of two classes
+  # made-up patients: 15 organs (undecayed: the pre-trained encoder at the decoder's rate, in a
+  # table of its own), and nodules of two classes
   part data/phantom/corpus/index.jsonl python serialize.py --phantom
   part out/phantom/pre/metrics.json pretrain --data data/phantom/corpus --out out/phantom/pre
   for seed in $SEEDS; do
-    for arm in scratch pretrained; do
+    for arm in scratch pretrained undecayed; do
       init=out/phantom/pre/ckpt.pt
       [ $arm = scratch ] && init="scratch:nano --layer-decay 1"
       run=out/phantom/organs-0.1/$arm-$seed
+      if [ $arm = undecayed ]; then
+        init+=" --layer-decay 1"
+        run=out/phantom/undecayed-0.1/$arm-$seed
+      fi
       part $run/metrics.json python finetune_seg.py --task phantom --preset nano --labels 0.1 \
         --seed "$seed" --init $init --out $run
       part $run/eval-seg/metrics.json python eval.py seg --ckpt $run/ckpt.pt
+      if [ $arm = undecayed ]; then
+        part out/phantom/undecayed-0.1/scratch-$seed cp -r out/phantom/organs-0.1/scratch-$seed \
+          out/phantom/undecayed-0.1/
+        continue
+      fi
       run=out/phantom/nodules-0.1/$arm-$seed
       part $run/metrics.json python finetune_cls.py --labels 0.1 --seed "$seed" --init $init \
         --out $run
     done
   done
 
-  # (README: organs with --layer-decay 1 too.) The kinds of sequences, on the same patients:
-  # spatial alone, with contrast, with semantic too
+  # the kinds of sequences, on the same patients: spatial alone, with contrast, with semantic too
   for mix in spatial=1 spatial=1,contrast=1 equal; do
     part out/phantom/pre-$mix/metrics.json pretrain --data data/phantom/corpus \
       --mix $mix --steps "$SHORT" --val-every 250 --out out/phantom/pre-$mix
