@@ -1021,7 +1021,7 @@ def figure_of(size, rows=1, columns=1):
     """Figure of `size` inches and its axes [rows, columns]."""
     from matplotlib.figure import Figure
 
-    fig = Figure(size)
+    fig = Figure(size, layout="tight")
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
@@ -1046,5 +1046,4 @@ def draw_curves(path, rows, *panels, x="step"):
         ax.set(xlabel=x, title=title)
         if ax.lines:
             ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    fig.tight_layout()
     save_figure(fig, path)

@@ -308,7 +308,6 @@ def draw_boxes(path, rows, title, name, scores):
         ax.boxplot([*boxes.values()], showmeans=True)
         ax.set_xticklabels(boxes, rotation=90)
         ax.set_title(words)
-    fig.tight_layout()
     save_figure(fig, path)
 
 
@@ -725,7 +724,7 @@ def probe_target(title, classes, items, encode, patch, k):
     y, parts = torch.cat(labels), torch.tensor(parts)
     if not all(y[parts == part].any() for part in (FIT, HELD, TEST)):
         raise BadInput(f"{title}: nothing but {classes[0]} to fit, tune or score a probe")
-    for name, values in features.items():
+    for name, values in tqdm(features.items(), f"{title}: fits", leave=False):
         scores = probe_scores(torch.cat(values), y, parts, len(classes), k)
         row = {"target": title, "features": name, "scored": int((parts == TEST).sum())}
         rows += [row | of for of in scores]

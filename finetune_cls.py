@@ -879,7 +879,6 @@ def draw_confusion(path, labels, probs, thresholds, classes):
         ax.set_xticks(ticks, classes)
         ax.set_yticks(ticks, classes)
         ax.set(xlabel="predicted", ylabel="true", title=name)
-    fig.tight_layout()
     save_figure(fig, path)
 
 

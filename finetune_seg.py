@@ -1150,7 +1150,6 @@ def draw_overlay(path, image, target, prediction, classes, spacing, title):
     colours = colormaps["tab20"].colors * 13  # of up to 255 classes
     handles = [Patch(color=c, label=name) for c, name in zip(colours, classes)]
     fig.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    fig.tight_layout()
     save_figure(fig, path)
 
 

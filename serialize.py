@@ -96,7 +96,7 @@ def flags():
         "--contrast", nargs="+", metavar="DIR", help="folders of BraTS cases CASE/CASE-t1n.nii.gz …"
     )
     add("--semantic", nargs=2, metavar=("CSV", "DIR"), help="DeepLesion: DL_info.csv, Images_nifti")
-    add("--phantom", action="store_true", help="made-up patients, in data/phantom")
+    add("--phantom", action="store_true", help="made-up patients in data/phantom; a fifth validate")
     add("--exclude", nargs="*", default=LABELS, metavar="GLOB", help="label maps: %(default)s")
     words = (
         "what names the patient in a path (group 1, if any); default: the name of file or folder"
@@ -1333,14 +1333,15 @@ def draw_strips(path, views, depth, numbers=None):
             strip = torch.cat(slices.unbind(2)).T.numpy(force=True)  # [Y, S·X]
             if numbers is not None:
                 edge = len(volume) // len(numbers)
-                shown = torch.cat(numbers[:, :, depth // 2 // edge :: depth // edge].unbind(2))
+                shown = torch.cat(
+                    numbers.repeat_interleave(edge, 2)[:, :, depth // 2 :: depth].unbind(2)
+                )
                 for (x, y), n in np.ndenumerate(shown.numpy()):
                     at = (x + 0.5) * edge, (y + 0.5) * edge
                     ax.text(*at, n, color="white", fontsize=7, ha="center", va="center")
             ax.imshow(strip, cmap="gray", origin="lower", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[], title=name, facecolor="tab:blue")
         line[0].set_ylabel(row)
-    fig.tight_layout()
     save_figure(fig, path)
 
 

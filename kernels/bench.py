@@ -82,7 +82,7 @@ def main():
     parts = {"attention": bench_attention, "patches": bench_patches, "step": bench_step}
     usual, parts["tiles"] = list(parts), bench_tiles
     p = new_parser(__doc__)
-    p.add_argument("--part", nargs="+", choices=parts, default=usual)
+    p.add_argument("--part", nargs="+", choices=parts, default=usual, help="default: all but tiles")
     p.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     p.add_argument("--batch", type=int, default=72, help="sequences of the step (published: 72)")
     p.add_argument("--out", type=Path, default="kernels/results", help="folder of table and figure")

@@ -560,6 +560,7 @@ def run(monkeypatch):
 
 
 def test_inspect_draws_and_bench_counts(run, corpus, capsys, monkeypatch):
+    run("--out", corpus, "--inspect", "--volume", 64, "--patch", 32)  # deeper than a slab
     run("--out", corpus, "--inspect", "--volume", 64, "--patch", 8, "--order", "image")
     assert "--stride  4: 37.5% of the tokens and 56.2%" in capsys.readouterr().out
     assert (corpus / "inspect.png").read_bytes().startswith(b"\x89PNG")
