@@ -91,8 +91,10 @@ def write_beside(path):
     A reader sees the old file or the new one, never half of either; a failed block leaves nothing.
     """
     path = Path(path)
-    # two processes may write one file; at most 255 bytes
-    tmp = path.with_name(f".tmp.{os.getpid()}." + os.fsdecode(os.fsencode(path.name)[-200:]))
+    # two processes, of one number in two containers, may write one file; at most 255 bytes
+    tmp = path.with_name(
+        f".tmp.{os.urandom(8).hex()}." + os.fsdecode(os.fsencode(path.name)[-200:])
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
@@ -372,8 +374,10 @@ def setup(args):
                 "use --device cpu, or lower --nproc_per_node"
             )
         if not torch.cuda.is_available():
-            words = f"too old a driver for this PyTorch (CUDA {torch.version.cuda})"
-            raise BadInput(f"--device {device}: {words}; use a newer one, or --device cpu")
+            raise BadInput(
+                f"--device {device}: too old a driver for this PyTorch (CUDA {torch.version.cuda});"
+                " use a newer one, or --device cpu"
+            )
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # convolutions too: its default is True
     keep_freed_memory()
@@ -518,8 +522,10 @@ def with_asked(args):
 
 
 def damaged(path):
-    words = "its step, arguments, weights or optimiser are not as a run leaves them"
-    return BadInput(f"{path}: {words}; use an earlier one")
+    return BadInput(
+        f"{path}: its step, arguments, weights or optimiser are not as a run leaves them; use an "
+        "earlier one"
+    )
 
 
 def restored(state, optimiser, best, owes=False):
@@ -550,13 +556,13 @@ def open_run(out, args, machine, state=None):
     if not machine.main:
         return Log(None)
     lock = lock_of(out)
-    if state is None and (out / "ckpt.pt").exists():
-        n = next(n for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
-        (out / f"earlier-{n}").mkdir()
+    if state is None and {"ckpt.pt", "metrics.json"} & {*os.listdir(out)}:
+        earlier = next(f for n in itertools.count(1) if not (f := out / f"earlier-{n}").exists())
+        earlier.mkdir()
         for f in [*out.iterdir()]:
             if f.name != ".lock" and (f.is_file() or f.name.startswith("eval-")):
-                os.replace(f, out / f"earlier-{n}" / f.name)
-        machine.say(f"{out} held an earlier run, which is now in earlier-{n} (--resume goes on)")
+                os.replace(f, earlier / f.name)
+        machine.say(f"{out} held an earlier run, which is now in {earlier.name} (--resume goes on)")
     elif state is None and args.resume:
         machine.say(f"no checkpoint in {out}: starting at step 0")
     write_json(out / "args.json", vars(args))
@@ -704,8 +710,7 @@ def filled(slots, numbers, crew):
                 fault = pipe.recv()
             except (EOFError, OSError):
                 process.join()
-                words = f"{process.name} ended with {process.exitcode}"
-                raise ChildProcessError(words) from None
+                raise ChildProcessError(f"{process.name} ended with {process.exitcode}") from None
             if fault:
                 raise fault
         yield {k: v[: len(some)] for k, v in slots[slot].items()}

@@ -426,7 +426,7 @@ def surface_scores(a, b, spacing, tolerance):
     """Surface Dice at `tolerance` (mm) and HD95 (mm) of two masks, neither of them empty."""
     a, b = (np.argwhere(mask & ~binary_erosion(mask)) * spacing for mask in (a, b))  # [n, 3], mm
     to_b, to_a = cKDTree(b).query(a, workers=-1)[0], cKDTree(a).query(b, workers=-1)[0]
-    close = np.mean(np.append(to_a, to_b) <= tolerance)
+    close = np.mean(np.append(to_a, to_b) <= tolerance + 1e-4)  # sizes are rounded
     return close, max(np.percentile(to_a, 95), np.percentile(to_b, 95))
 
 
@@ -442,7 +442,7 @@ def predict(args, out):
     how = [args.overlap, args.mirror, args.modality, args.probabilities, args.overlay]
     how += stamp_of([args.ckpt])
     for target, scan in tqdm(jobs.items(), desc="predicting", unit="scan"):
-        stamp, notes = how + stamp_of([scan]), f"{target}.prediction.json"
+        stamp, notes = [*how, str(scan), *stamp_of([scan])], f"{target}.prediction.json"
         there = Path(notes).exists() and Path(f"{target}.nii.gz").exists()
         if there and read_json(notes, "of a prediction")["stamp"] == stamp:
             kept += 1
@@ -874,8 +874,9 @@ def table(args, out):
     """Fine-tuning runs by task, initialisation and share of the labels, with paired tests"""
     runs, notes = find_runs(args.runs)
     if not runs:
-        words = f"{' '.join(args.runs)}: no finished fine-tuning run in it"
-        raise BadInput("\n".join([words, *notes]))
+        raise BadInput(
+            "\n".join([f"{' '.join(args.runs)}: no finished fine-tuning run in it", *notes])
+        )
     cells, rows, tests, classes = defaultdict(list), [], [], []
     for r in sorted(runs, key=lambda r: (r["cell"][:3], not untrained(r["cell"][3].split(",")[0]))):
         cells[r["cell"]].append(r)
@@ -955,6 +956,8 @@ def read_run(folder, args):
         if (path / "metrics.json").exists():
             how = read_json(path / "metrics.json", "the scores of eval.py seg")["args"]
             if (how["split"], Path(how["ckpt"]).name) == ("val", "ckpt.pt"):
+                if how.get("step", m["step"]) != m["step"]:
+                    raise BadInput("eval-seg is of an earlier step: run eval.py seg again")
                 rows = read_table(path / "cases.csv")
                 scored = {
                     f"scored with {k} {how[k]}" for k in ("data", "mirror", "overlap", "tolerance")

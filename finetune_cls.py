@@ -425,8 +425,9 @@ def listed_in_lists(folder, lists):
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            words = f"cannot be read ({e}); a list of lines FILE LABEL is needed, see --lists"
-            raise BadInput(f"{path}: {words}") from None
+            raise BadInput(
+                f"{path}: cannot be read ({e}); a list of lines FILE LABEL is needed, see --lists"
+            ) from None
         for line in filter(str.strip, lines):
             file, _, label = line.strip().replace("\t", " ").rpartition(" ")
             yield file.strip(), split, label, None, folder / file.strip()
@@ -496,8 +497,10 @@ def prepare_all(cases, shape, intensity_range, machine):
     twice = shared(usable, "voxels")
     if twice:
         files = ", ".join(f"{c['file']} ({c['split']})" for c in usable if c["voxels"] == twice[0])
-        words = f"--data: {len(twice)} images stand in more than one split, voxel for voxel"
-        raise BadInput(f"{words}, as {files}: list each once")
+        raise BadInput(
+            f"--data: {len(twice)} images stand in more than one split, voxel for voxel, as "
+            f"{files}: list each once"
+        )
     if intensity_range and np.median(column(usable, "statistics")[:, -5]) < intensity_range[0]:
         machine.say(
             f"warning: more than half of the voxels lie below --range {intensity_range[0]:g} and "

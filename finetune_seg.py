@@ -316,6 +316,7 @@ def main():
     train, val, failed = prepare_all(cases, setting, machine)
     names = label_subset([c["id"] for c in train], args.labels, args.seed)
     train = [c for c in train if c["id"] in names]
+    subset = {"train": names, "val": [c["id"] for c in val]}
     fill(args, {"steps": max(1, round(args.epochs * len(train) / args.batch))})
     fill(args, {"val_every": -(-args.steps // args.vals)})
     machine.say(
@@ -331,15 +332,13 @@ def main():
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     dice = None
     if state:
-        if state["train"] != names:
-            raise BadInput(
-                f"--data {args.data}: holds other cases than the run to resume trains on"
-            )
+        if state.get("subset") != subset:
+            raise BadInput(f"--data {args.data}: other cases than the run to resume has")
         fit(model, state["model"], out / "ckpt.pt")
     first, best, owes = restored(state, optimiser, -1.0)
     log = open_run(out, args, machine, state)
     if machine.main:
-        write_json(out / "subset.json", {"train": names, "val": [c["id"] for c in val]})
+        write_json(out / "subset.json", subset)
         write_table(out / "skipped.csv", ("case", "split", "reason"), failed)
 
     def save(name, **more):
@@ -370,7 +369,7 @@ def main():
             with loop.paused():
                 validate_at(loop.step)
         if loop.saves:
-            save("ckpt.pt", train=names, args=vars(args), **loop.state(optimiser, best))
+            save("ckpt.pt", subset=subset, args=vars(args), **loop.state(optimiser, best))
     if loop.finished:
         if dice is None:  # the run to resume was at its end
             dice, _ = evaluate(model, val, setting, machine)
@@ -444,8 +443,10 @@ def find_cases(name, data, classes, machine):
     rows = [*listed(root, notes)] or [*listed_in_h5(root)] or [*found_on_disk(root)]
     if not rows:
         folder = root / "labelsTr"
-        words = f"{folder} {'holds no *.nii.gz' if folder.is_dir() else 'does not exist'}"
-        raise BadInput(f"{root}: no labelled scans ({LAYOUT}); {words}")
+        raise BadInput(
+            f"{root}: no labelled scans ({LAYOUT}); {folder} "
+            f"{'holds no *.nii.gz' if folder.is_dir() else 'does not exist'}"
+        )
     cases = [dict(zip(("id", "image", "label", "split"), map(str, row))) for row in rows]
     often, several = Counter(c["id"] for c in cases), 0
     for c in cases:
@@ -485,8 +486,10 @@ def listed(root, notes):
     for split, key, _ in SPLITS:
         for e in notes.get(key, []):
             if not is_like(e, {"image": str, "label": str}):
-                words = f"lists {e!r} under {key}, where {{image: FILE, label: FILE}} is needed"
-                raise BadInput(f"{root / 'dataset.json'}: {words}")
+                raise BadInput(
+                    f"{root / 'dataset.json'}: lists {e!r} under {key}, where "
+                    "{image: FILE, label: FILE} is needed"
+                )
             if e.keys() >= {"image", "label"} and "/._" not in e["image"]:
                 image = root / e["image"]
                 yield stem_of(image), image, root / e["label"], split
@@ -957,7 +960,7 @@ def load_segmenter(path):
     shape = len(setting["classes"]) + 1, setting["features"], setting["decoder"]
     net = read_named(path, lambda _: Segmenter(encoder, *shape))
     fit(net, state["model"], path)
-    return net, setting
+    return net, setting | {"step": state.get("step")}
 
 
 # ---- loss ------------------------------------------------------------------------------------

@@ -143,13 +143,11 @@ def set_largest(text):
 def sequence_flags(p):
     """The flags of a stage that trains on a corpus."""
     add = p.add_argument_group("sequences").add_argument
-    words = "corpora (default data/corpus; without one, the phantom's)"
-    add("--data", nargs="+", help=words)
+    add("--data", nargs="+", help="corpora (default data/corpus; without one, the phantom's)")
     add("--volume", type=int, help="edge in voxels (default 128; nano 64)")
     words = "slices between slabs (published: 8; nano 16: copies nothing; README: Results)"
     add("--stride", type=int, help=words)
-    words = "published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1"
-    add("--mix", help=words)
+    add("--mix", help="published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1")
     words = "sequences of each kind to validate with (default 64; nano 16)"
     add("--val-samples", type=int, help=words)
 
@@ -250,8 +248,7 @@ def because(reader, *args):
     except BadInput:
         raise
     except Exception as e:  # noqa: BLE001  (a dozen types; a user can mend them)
-        words = f"unreadable: {type(e).__name__}: {e}"
-        raise BadInput(words.splitlines()[0][:180]) from None
+        raise BadInput(f"unreadable: {type(e).__name__}: {e}".splitlines()[0][:180]) from None
 
 
 def read_named(path, reader=read_scan):
@@ -274,8 +271,9 @@ def header_of(path):
         bits = int(type(img.header).from_fileobj(f, check=False)["bitpix"])
     offset, least = img.dataobj.offset, img.header.is_single * img.header.single_vox_offset
     if bits != 8 * stored.itemsize or offset < least:
-        words = f"bitpix {bits} with voxels of type {stored}, from byte {offset} on"
-        raise BadInput(f"its header is damaged: {words}")
+        raise BadInput(
+            f"its header is damaged: bitpix {bits} with voxels of type {stored}, from byte {offset}"
+        )
     unit = {"meter": 1000.0, "micron": 0.001}.get(img.header.get_xyzt_units()[0], 1.0)
     return img, checked_affine(np.diag([unit, unit, unit, 1]) @ img.affine)
 
@@ -697,8 +695,9 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
     write_skipped(out / "skipped.csv", skipped, jobs.values())
     if not rows:
         last = "".join(f"; the last: {scan}: {reason}" for scan, reason in skipped[-1:])
-        words = f"none of the files could be used, {len(skipped)} skipped ({out}/skipped.csv)"
-        raise BadInput(words + last)
+        raise BadInput(
+            f"none of the files could be used, {len(skipped)} skipped ({out}/skipped.csv)" + last
+        )
     for r in rows:  # what is read again stays on its side
         if "split" not in r and patient_key(r) in splits:
             r["split"] = splits[patient_key(r)]
@@ -715,7 +714,7 @@ def stamp_of(files):
     """
     stats = []
     for f in map(Path, files):
-        stats += map(Path.stat, f.iterdir() if f.is_dir() else [f])
+        stats += map(Path.stat, filter(Path.exists, f.iterdir()) if f.is_dir() else [f])
     return [len(stats), sum(s.st_size for s in stats), sum(s.st_mtime_ns for s in stats)]
 
 
@@ -1102,7 +1101,7 @@ def label_subset(patients, share, seed=0, strata=None):
 def listed_names(path, patients):
     """The names in a text file, which must all be among `patients`."""
     try:
-        names = Path(path).read_text().split()
+        names = Path(path).read_text("utf-8-sig").split()
     except (OSError, ValueError) as e:
         raise BadInput(f"--labels {path}: neither a share nor a list of names ({e})") from None
     unknown = {*names} - {*patients}
@@ -1252,8 +1251,10 @@ def open_array(path, shape):
     """
     stored = read_named(path, partial(np.load, mmap_mode="r"))
     if (stored.dtype.str, stored.shape, stored.flags.c_contiguous) != ("<i2", shape, True):
-        words = f"{stored.dtype} {stored.shape}, where the index says int16 {shape}"
-        raise BadInput(f"{path}: {words}: build the corpus again")
+        raise BadInput(
+            f"{path}: {stored.dtype} {stored.shape}, where the index says int16 {shape}: build the "
+            "corpus again"
+        )
 
     def mapped(path):
         size = os.path.getsize(path) // 2

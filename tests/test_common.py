@@ -127,11 +127,24 @@ def test_an_earlier_run_is_kept(tmp_path):
     for n in (1, 2):
         (tmp_path / "ckpt.pt").write_text(str(n))
         open_run(tmp_path, args, machine(1, 0))
+    (tmp_path / "metrics.json").write_text("of a run whose ckpt.pt was deleted")
+    open_run(tmp_path, args, machine(1, 0))
     open_run(tmp_path, args, machine(1, 0))  # nothing there: nothing to do
     kept = [(tmp_path / f"earlier-{n}/ckpt.pt").read_text() for n in (1, 2)]
     assert kept == ["1", "2"]
-    assert [f.name for f in sorted(tmp_path.glob("earlier-*"))] == ["earlier-1", "earlier-2"]
-    assert not (tmp_path / "ckpt.pt").exists()
+    assert [f.name for f in sorted(tmp_path.glob("earlier-*"))] == [
+        f"earlier-{n}" for n in (1, 2, 3)
+    ]
+    assert (tmp_path / "earlier-3/metrics.json").exists()
+    assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "metrics.json").exists()
+
+
+def test_two_may_write_one_file(tmp_path):
+    with write_beside(tmp_path / "a") as first, write_beside(tmp_path / "a") as second:
+        assert first != second
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "a").read_text() == "1" and [f.name for f in tmp_path.iterdir()] == ["a"]
 
 
 def test_ranks_and_passes_share_the_samples_out():

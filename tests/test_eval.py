@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -76,6 +77,16 @@ def test_scores_agree_with_brute_force(seed):
         hd95 = max(np.percentile(to_b, 95), np.percentile(to_a, 95))
         expected = [dice, close / (len(p) + len(q)), hd95, error * spacing.prod() / 1000]
         assert np.allclose(scores[k - 1], expected, rtol=0, atol=1e-6)
+
+
+def test_a_distance_of_just_the_tolerance_is_within_it_on_an_oblique_grid_too():
+    inner, outer = np.zeros((2, 12, 12, 12), np.uint8)
+    inner[4:8, 4:8, 4:8] = outer[2:10, 2:10, 2:10] = 1
+    turn = Rotation.from_euler("z", 12, degrees=True).as_matrix().astype(np.float32)  # as stored
+    sizes = nib.affines.voxel_sizes(nib.affines.from_matvec(turn.astype(float)))
+    assert 1 < max(sizes) < 1.000001
+    straight = ev.score_case(inner, outer, [1, 1, 1], [2.0])
+    assert straight[0, 1] > 0.4 and np.allclose(ev.score_case(inner, outer, sizes, [2.0]), straight)
 
 
 def test_the_rule_for_empty_classes():
@@ -209,6 +220,12 @@ def test_predict_goes_on_after_a_bad_scan_and_after_a_stop(go, threshold, tmp_pa
     save(folder / "a/x.nii.gz", patient(1)[0])
     assert "1 predicted, 1 done before" in go(*words)
     assert "2 predicted, 0 done before" in go(*words, "--mirror")
+    # a scan of the same bytes and time, from elsewhere
+    (tmp_path / "other/a").mkdir(parents=True)
+    twin = shutil.copy2(folder / "a/x.nii.gz", tmp_path / "other/a")
+    assert "1 predicted, 0 done before" in go(
+        *words[:3], twin, "--out", out / "a", "--no-overlay", "--mirror"
+    )
     for more, message in (
         ([folder / "a/x.nii.gz", folder / "b/x.nii.gz"], "2 scans would be written to one file"),
         ([folder / "gone.nii.gz"], "none of the scans could be used.*no such"),
@@ -551,7 +568,7 @@ def seg_run(folder, value, seed, init="scratch", labels=1.0, cases=None, **more)
     dice = {"liver": value, "spleen": None}
     write_json(
         folder / "metrics.json",
-        {"mean_dice": value, "dice": dice, "cases": cases or {"c0": [value]}},
+        {"mean_dice": value, "dice": dice, "cases": cases or {"c0": [value]}, "step": 6},
     )
 
 
@@ -655,6 +672,12 @@ def test_table_takes_the_own_grid_from_scores_of_the_last_weights(tabled, tmp_pa
     gains = {t["metric"]: float(t["B - A"]) for t in tests}
     assert gains["dice, own grid"] == pytest.approx(0.3)
     assert gains["nsd, own grid"] == pytest.approx(0.15) and gains["Dice"] == 0
+    # of weights that were trained on since
+    write_json(tmp_path / "a/eval-seg/metrics.json", {"args": how | {"step": 3}})
+    write_json(tmp_path / "b/eval-seg/metrics.json", {"args": how | {"step": 6}})
+    said, rows, _ = tabled()
+    assert f"not in the table: {tmp_path}/a: eval-seg is of an earlier step: run" in said
+    assert len(rows) == 4 and {r["initialisation"] for r in rows} == {"x.pth"}
     # of best.pt, or of another split: not what the others are of
     for name, wrong in (("a", {"ckpt": "best.pt"}), ("b", {"split": "all"})):
         write_json(tmp_path / name / "eval-seg/metrics.json", {"args": how | wrong})

@@ -377,6 +377,10 @@ def test_six_steps_are_three_and_three_bitwise_and_leave_every_file(run, home, t
     assert metrics(whole) == metrics(half) and "ball" in capsys.readouterr().out
     with pytest.raises(BadInput, match="the run to resume has"):
         run(home, half, "--resume", "--lr", 1, small=())
+    fewer = shutil.copytree(home, tmp_path / "fewer")
+    (fewer / "labelsVa/case_05.nii.gz").unlink()
+    with pytest.raises(BadInput, match="other cases than the run to resume has"):
+        run(fewer, half, "--resume", small=())
 
 
 def test_two_volumes_are_learnt(run, home, tmp_path):

@@ -83,6 +83,8 @@ def test_simpleitk_reads_what_nibabel_reads(tmp_path):
         assert np.allclose(a, b, atol=1e-4)
     with pytest.raises(BadInput, match="0 DICOM series"):
         read_scan(tmp_path)
+    (tmp_path / "gone.dcm").symlink_to("/gone")  # a slice that was not fetched
+    assert serialize.stamp_of([tmp_path])[0] == 2
 
 
 @pytest.mark.parametrize("package, name", [("SimpleITK", "a.mha"), ("h5py", "a.h5")])
@@ -603,7 +605,7 @@ def test_a_corpus_is_built_by_one_process(run, tmp_path):
     assert len(read_index(tmp_path / "c")) == 1
 
 
-def test_label_subsets_are_nested_and_stratified():
+def test_label_subsets_are_nested_and_stratified(tmp_path):
     patients = [f"p{i}" for i in range(40)]
     classes = [i % 4 == 0 for i in range(40)]
     small, large = (serialize.label_subset(patients, s, 0, classes) for s in (0.1, 0.5))
@@ -615,3 +617,5 @@ def test_label_subsets_are_nested_and_stratified():
     assert serialize.label_subset(patients, 0.1, seed=1) != serialize.label_subset(patients, 0.1)
     with pytest.raises(BadInput, match="--labels 0"):
         serialize.label_subset(patients, 0)
+    (tmp_path / "names").write_text("p3\np1\n", "utf-8-sig")  # as Windows' editors write it
+    assert serialize.label_subset(patients, str(tmp_path / "names")) == ["p3", "p1"]
