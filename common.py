@@ -201,8 +201,10 @@ def parallel(fn, items, workers=None, desc=None):
         try:
             yield from tqdm(pool.map(fn, items), **bar)
         except BrokenProcessPool:
-            words = "perhaps for want of memory: taskset (or serialize.py --workers) gives it fewer"
-            raise BadInput(f"one of {workers} processes was killed, {words}") from None
+            raise BadInput(
+                f"one of {workers} processes was killed, perhaps for want of memory: taskset (or "
+                "serialize.py --workers) gives it fewer"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -836,8 +838,10 @@ class Loop:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
         if not self.finished:
-            words = f"stopped at step {self.step} of {self.steps}, saved in {self.args.out}"
-            self.machine.say(f"{words}: --resume goes on")
+            self.machine.say(
+                f"stopped at step {self.step} of {self.steps}, saved in {self.args.out}: --resume "
+                "goes on"
+            )
         if self.fault:
             raise BadInput(self.fault)
 

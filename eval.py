@@ -480,8 +480,10 @@ def jobs_of(named, out, skipped):
             elif f in labels:
                 skipped.append((f, "looks like a label map: name the file itself"))
             elif target in jobs:
-                words = "2 scans would be written to one file: name their common folder instead"
-                raise BadInput(f"{target}.nii.gz: {words}")
+                raise BadInput(
+                    f"{target}.nii.gz: 2 scans would be written to one file: name their common "
+                    "folder instead"
+                )
             else:
                 jobs[target] = f
     return jobs
@@ -975,8 +977,10 @@ def read_run(folder, args):
     except (KeyError, TypeError, ValueError) as e:
         if isinstance(e, BadInput):
             raise
-        words = "metrics.json or args.json is not as the fine-tuning scripts write it"
-        raise BadInput(f"{words} ({type(e).__name__}: {e})") from None
+        raise BadInput(
+            "metrics.json or args.json is not as the fine-tuning scripts write it "
+            f"({type(e).__name__}: {e})"
+        ) from None
 
 
 def read_scores(path):

@@ -681,8 +681,9 @@ def bench(model, net, encode, optimiser, G, args, machine):
     )
     if args.target == "vq":
         finding = float(np.median(timed(lambda n: encode(batch), 10, machine)[2:]))
-        words = f"{1e3 * finding:8.1f} ms: {finding / seconds:.1%} of the step"
-        machine.say(f"finding codes      {words}")
+        machine.say(
+            f"finding codes      {1e3 * finding:8.1f} ms: {finding / seconds:.1%} of the step"
+        )
 
 
 if __name__ == "__main__":

@@ -98,10 +98,11 @@ def flags():
     add("--semantic", nargs=2, metavar=("CSV", "DIR"), help="DeepLesion: DL_info.csv, Images_nifti")
     add("--phantom", action="store_true", help="made-up patients in data/phantom; a fifth validate")
     add("--exclude", nargs="*", default=LABELS, metavar="GLOB", help="label maps: %(default)s")
-    words = (
-        "what names the patient in a path (group 1, if any); default: the name of file or folder"
+    add(
+        "--patient",
+        metavar="REGEX",
+        help="what names the patient in a path (group 1, if any); default: the file's or folder's",
     )
-    add("--patient", metavar="REGEX", help=words)
     size_flag(add)
     add = p.add_argument_group("corpus").add_argument
     add("--out", help="folder (default data/corpus; --phantom: data/phantom/corpus)")
@@ -1106,10 +1107,10 @@ def listed_names(path, patients):
         raise BadInput(f"--labels {path}: neither a share nor a list of names ({e})") from None
     unknown = {*names} - {*patients}
     if unknown or not names:
-        words = (
-            f"{len(unknown)} of its {len(names)} names are not in the training split, or of no use"
+        raise BadInput(
+            f"--labels {path}: {len(unknown)} of its {len(names)} names are not in the training "
+            f"split, or of no use: {', '.join(sorted(unknown)[:3])}"
         )
-        raise BadInput(f"--labels {path}: {words}: {', '.join(sorted(unknown)[:3])}")
     return names
 
 
