@@ -86,7 +86,7 @@ def main():
     p.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     p.add_argument("--batch", type=int, default=72, help="sequences of the step (published: 72)")
     p.add_argument("--out", type=Path, default="kernels/results", help="folder of table and figure")
-    words = "tests, bench, tiles, steps with and without the loader, and a summary of them"
+    words = "tests, bench, tiles, steps with and without the loader; a summary; no other flags"
     p.add_argument("--first-hour", action="store_true", help=words)
     machine_flags(p, workers=None, kernels=False)
     args = p.parse_args()
@@ -125,7 +125,7 @@ def first_hour(out):
                 lines.append(line)
         minutes = (time.perf_counter() - start) / 60
         table += f"| {name} | {process.returncode} | {minutes:.1f} |\n"
-        said += f"\n### {name}\n\n```\n{''.join(lines[-80:])}```\n"
+        said += f"\n### {name}\n\n```\n{''.join(lines[-200:])}```\n"
         write_text(out / "first-hour.md", table + said)
     print(f"wrote {out / 'first-hour.md'}")
 
