@@ -8,6 +8,7 @@ import argparse
 import atexit
 import contextlib
 import csv
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -185,6 +186,16 @@ def told(name, default=0):
     return int(os.environ.get(name, default))
 
 
+def begin():
+    """In a new process of a pool: it ends with the one that it works for (Linux), however it ends.
+
+    PyTorch's threads do not survive a fork, and a worker that waits for them never ends.
+    """
+    torch.set_num_threads(1)
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def parallel(fn, items, workers=None, desc=None):
     """Yield fn(item) in the order of `items`, from `workers` processes (default: one a core).
 
@@ -196,8 +207,7 @@ def parallel(fn, items, workers=None, desc=None):
     if workers <= 1:
         yield from tqdm(map(fn, items), **bar)
         return
-    # PyTorch's threads do not survive a fork, and a worker that waits for them never ends
-    with ProcessPoolExecutor(workers, None, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, None, begin) as pool:
         try:
             yield from tqdm(pool.map(fn, items), **bar)
         except BrokenProcessPool:
@@ -235,8 +245,7 @@ def machine_flags(p, workers=8, kernels=True, compiled=False):
         words = "auto: Triton's (kernels/) on CUDA, else PyTorch"
         add("--kernels", choices=["auto", "torch", "triton"], default="auto", help=words)
     if workers is not None:
-        words = f"loader processes a rank (default: {workers} with CUDA, 0 without)"
-        add("--workers", type=int, help=words)
+        add("--workers", type=int, help=f"loader processes a rank (default 0, CUDA {workers})")
         words = f"torch.compile (default: {'where Triton runs' if compiled else 'no'})"
         add("--compile", action=argparse.BooleanOptionalAction, help=words)
 
@@ -402,8 +411,6 @@ def keep_freed_memory():
 
     Mapped anew, the kernel zeroes the pages each time: a third of a ViT-B step.
     """
-    import ctypes
-
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library: its own policy stays

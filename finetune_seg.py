@@ -206,8 +206,7 @@ def parser():
     add("--range", nargs="+", help="LOW HIGH, percentiles or zscore (default: the task's)")
     add("--spacing", nargs=3, type=float, metavar="MM", help="(default: the task's; nano 4.5)")
     size_flag(add)
-    words = "share of the cases to train on, or a list of their names (default 1)"
-    add("--labels", default="1", help=words)
+    add("--labels", default="1", help="share of the training cases, or a list of names (default 1)")
     add = p.add_argument_group("training").add_argument
     add("--init", help=f"a file, scratch or scratch:SIZE (default: {PRETRAINED} if it is there)")
     words = "published: unetr; light: no path from the scan but through the tokens"

@@ -134,8 +134,7 @@ def parser():
     add("--optimiser", choices=["adamw", "muon"], help=words)
     add("--lr", type=float, help="peak learning rate (published 1e-4; nano 3e-3)")
     add("--bench", action="store_true", help="time steps on random voxels and leave")
-    words = "hours, memory and bytes that the run would take on them, and leave"
-    add("--plan", metavar="8xH100", help=words)
+    add("--plan", metavar="8xH100", help="hours, memory and bytes of the run on them, and leave")
     training_flags(p, "out/pretrain", "500; nano 50", compiled=True)
     return p
 

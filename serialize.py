@@ -4,7 +4,7 @@
     python serialize.py --spatial data/amos/imagesTr data/flare --contrast data/brats \\
         --semantic data/deeplesion/DL_info.csv data/deeplesion/Images_nifti --out data/corpus
     python serialize.py --out data/corpus --inspect   # draws one sequence of each kind, numbered
-    python serialize.py --out data/corpus --bench     # samples a second, bytes a sample, disk
+    python serialize.py --out data/corpus --bench     # samples a second, bytes a sample
     python serialize.py --bench         # the same of noise in full size: half a minute, 0.7 GB
     python serialize.py --spatial data/amos --check   # what would be read, and what not and why
     python serialize.py --out data/corpus --check     # whether every array is as it was written
@@ -36,10 +36,8 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from functools import lru_cache, partial
-from glob import escape
 from operator import itemgetter
 from pathlib import Path
-from statistics import mean
 
 import nibabel as nib
 import numpy as np
@@ -101,7 +99,7 @@ def flags():
     add(
         "--patient",
         metavar="REGEX",
-        help="what names the patient in a path (group 1, if any); default: the file's or folder's",
+        help="what names the patient (group 1, if any) in a folder's path; default: file or folder",
     )
     size_flag(add)
     add = p.add_argument_group("corpus").add_argument
@@ -117,9 +115,7 @@ def flags():
     add("--against", metavar="DATA", help="by their voxels, and by patient")
     add = p.add_argument_group("sequences, for --inspect and --bench").add_argument
     add("--inspect", action="store_true", help="draw the token order; print the copyable share")
-    add(
-        "--bench", action="store_true", help="samples/s, bytes, disk; of noise if there is no --out"
-    )
+    add("--bench", action="store_true", help="samples/s, bytes; of noise if there is no --out")
     add("--volume", type=int, default=128, help="edge of a sequence (published: 128)")
     add("--patch", type=int, default=16, help="edge of a patch (published: 16)")
     add("--stride", type=int, help="slices between slabs (published, of 128: 8)")
@@ -146,11 +142,9 @@ def sequence_flags(p):
     add = p.add_argument_group("sequences").add_argument
     add("--data", nargs="+", help="corpora (default data/corpus; without one, the phantom's)")
     add("--volume", type=int, help="edge in voxels (default 128; nano 64)")
-    words = "slices between slabs (published: 8; nano 16: copies nothing; README: Results)"
-    add("--stride", type=int, help=words)
+    add("--stride", type=int, help="slices between slabs (published 8; nano 16 copies nothing)")
     add("--mix", help="published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1")
-    words = "sequences of each kind to validate with (default 64; nano 16)"
-    add("--val-samples", type=int, help=words)
+    add("--val-samples", type=int, help="of each kind, to validate with (default 64; nano 16)")
 
 
 def settle(args):
@@ -249,7 +243,8 @@ def because(reader, *args):
     except BadInput:
         raise
     except Exception as e:  # noqa: BLE001  (a dozen types; a user can mend them)
-        raise BadInput(f"unreadable: {type(e).__name__}: {e}".splitlines()[0][:180]) from None
+        why = str(e).split(":\n", 1)[-1]  # SimpleITK's begins with a place
+        raise BadInput(f"unreadable: {type(e).__name__}: {why}".splitlines()[0][:180]) from None
 
 
 def read_named(path, reader=read_scan):
@@ -511,7 +506,7 @@ def spatial_jobs(folders, exclude, patient):
 def names_in(folder, title):
     """The names in UA-MT's lists of that title, which lie in the folder or beside it."""
     files = {*(f for f in below(folder) if f.name == title), *folder.parent.glob(title)}
-    return {name for f in files for name in read_named(f, Path.read_text).split()}
+    return {n for f in files for n in read_named(f, Path.read_text).lstrip("\ufeff").split()}
 
 
 def below(folder):
@@ -599,7 +594,7 @@ def contrast_jobs(folders, patient=None):
                 f"{folder}: no such folder, or no case folders CASE/CASE-t1n.nii.gz in it"
             )
         for case in cases:
-            paths = [case.glob(f"{escape(case.name)}-{c}.nii*") for c in CONTRASTS]
+            paths = [[case / f"{case.name}-{c}{s}" for s in NIFTI] for c in CONTRASTS]
             files = [next(filter(Path.is_file, p), None) for p in paths]
             if None in files:
                 yield case, f"lacks {case.name}-{CONTRASTS[files.index(None)]}.nii.gz"
@@ -652,13 +647,15 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
     """
     out, part = Path(out), "index.part.jsonl"
     names = [n for n in ("index.jsonl", part) if (out / n).exists()]  # part: of a stopped run
+    jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
     rows, held = [], []
-    for name in names:
-        rows = read_index(out, name, whole=False)
-        held += rows
+    for name in names:  # what it was to read again, and this call does not name, stays
+        new = read_index(out, name, whole=False)
+        held += new
+        mine = {*jobs, *map(job_key, new)}
+        rows = new + [r for r in rows if job_key(r) not in mine]
     stamps = {job_key(r): r["stamp"] for r in rows}
     stamps |= {job_key(r): None for r in rows if not holds(out, r)}
-    jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
     # --exclude may be new; of DICOM slices the job is their folder
     aside = {os.path.abspath(p) for source, _ in skipped for p in (source, Path(source).parent)}
     stamps |= dict.fromkeys({("spatial", p) for p in aside} - jobs.keys())
@@ -856,8 +853,9 @@ def write_index(out, rows, name="index.jsonl"):
 
 def holds(corpus, row):
     """Whether the array of a row is there in full."""
-    file = os.path.join(corpus, row["file"])
-    return os.path.isfile(file) and os.path.getsize(file) >= 2 * math.prod(row["shape"])
+    at = os.path.join(corpus, row["file"])
+    # its header takes 128 bytes
+    return os.path.isfile(at) and os.path.getsize(at) - 2 * math.prod(row["shape"]) in range(256)
 
 
 ROW = {"kind": str, "file": str, "patient": (str, int), "group": (str, int), "shape": [int]}
@@ -1144,6 +1142,7 @@ class Sequences(torch.utils.data.Dataset):
                 f"of {size}; at most {most}"
             )
         self.seed = [seed, SPLITS.index(split)]
+        self.named = getattr(corpus, "named", corpus)
         self.index = corpus.index if isinstance(corpus, Sequences) else read_corpora(corpus)
         rows = [r for r in self.index if r["split"] == split]
         self.rows = {k: [r for r in rows if r["kind"] == k] for k in KINDS}
@@ -1157,7 +1156,7 @@ class Sequences(torch.utils.data.Dataset):
         self.kinds = [k for k in KINDS if self.have[k] and (mix is None or mix.get(k))]
         if not self.kinds:
             raise BadInput(
-                f"{corpus}: nothing to {'train on' if split == 'train' else 'validate with'}: "
+                f"{self.named}: nothing to {'train on' if split == 'train' else 'validate with'}: "
                 f"{self.have} scans, patients and lesion types with {images} patients"
             )
         self.weights = mix and np.array([mix[k] for k in self.kinds], float)
@@ -1447,14 +1446,14 @@ def write_noise(out):
 
 
 def bench(data):
-    """Samples a second, arrays in the page cache; bytes; disk against pre-cut crops; the demand."""
+    """Samples a second, arrays in the page cache; bytes; the demand."""
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     keep_freed_memory()
     torch.set_num_threads(1)
     print(data.have)
     for kind in data.kinds:
         data.kinds = [kind]
-        files = {r["file"]: tuple(r["shape"]) for r in data.rows[kind]}
+        files = {r["file"] for r in data.rows[kind]}
         for file in files:  # into the page cache
             Path(file).read_bytes()
         times = np.array(timed(data.read, 104, machine)[4:])
@@ -1470,14 +1469,6 @@ def bench(data):
         while (seconds := time.perf_counter() - start) < 5:
             count += len(next(handed)["kind"])
         print(f"{'':>9}  {count / seconds:.0f}/s handed over by {cores()} loader processes")
-        if kind == "spatial":
-            disk = 2 * mean(map(math.prod, files.values()))
-            crops = PUBLISHED[kind] * 4 * data.size**3
-            print(
-                f"{'':>9}  {disk / 1e6:.0f} MB of disk a scan for an endless supply of crops: "
-                f"{disk / crops:.0%} of the {crops / 1e6:.0f} MB of {PUBLISHED[kind]} pre-cut "
-                "float32 crops"
-            )
     with torch.device("meta"):
         models = {k: Model(Config(**v)) for k, v in SIZES.items()}
     work = {k: model.flops([data.size] * 3) for k, model in models.items()}

@@ -209,6 +209,8 @@ def test_contrast_sets(tmp_path):
         for c in (*CONTRASTS, "seg"):
             write(home / f"{case}-{c}.nii.gz")
         write(home / f"._{case}-t1n.nii.gz")
+        for c in CONTRASTS:
+            (home / f"{case}-{c}.nii.gz.md5").write_text("")
     (home / "PGBM-003-t2f.nii.gz").unlink()
     jobs, left = collect([], [tmp_path / "brats"])
     assert left == [(home, "lacks PGBM-003-t2f.nii.gz")]
@@ -335,7 +337,7 @@ def test_left_atria(tmp_path):
         (atria / name).mkdir(parents=True)
         with h5py.File(atria / name / "mri_norm2.h5", "w") as f:
             f["image"], f["label"] = np.float32(voxels(name)), np.uint8(voxels(name) % 2)
-        (tmp_path / f"{split}.list").write_text(f"{name}\n")
+        (tmp_path / f"{split}.list").write_text(f"{name}\n", "utf-8-sig")
     cases, _ = find_cases("la", tmp_path, None, MACHINE)
     assert splits_of(cases) == [*zip(names, ("train", "val"))]
     assert np.array_equal(read_case(cases[0], 2)[3], voxels(names[0]) % 2)

@@ -85,6 +85,9 @@ def test_simpleitk_reads_what_nibabel_reads(tmp_path):
         read_scan(tmp_path)
     (tmp_path / "gone.dcm").symlink_to("/gone")  # a slice that was not fetched
     assert serialize.stamp_of([tmp_path])[0] == 2
+    other.write_bytes(other.read_bytes()[:900])
+    with pytest.raises(BadInput, match="RuntimeError: (?!Exception).*read"):  # why, not where
+        read_scan(other)
 
 
 @pytest.mark.parametrize("package, name", [("SimpleITK", "a.mha"), ("h5py", "a.h5")])
@@ -239,9 +242,26 @@ def test_a_build_that_is_killed_goes_on(tmp_path, monkeypatch):
     read.clear()
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "c", tmp_path / "s")
+    # of other scans in between: those it was to read again stay
     read.append("")
+    ramps(tmp_path / "other", 20)
+    rows, _ = built(tmp_path / "c", tmp_path / "other")
+    assert len(rows) == 7 and {r["patient"]: r["split"] for r in rows}.items() > sides.items()
     rows = build(*collect([tmp_path / "s"]), tmp_path / "c", 0.6, 1, **QUIET)
-    assert {r["patient"]: r["split"] for r in rows} == sides
+    assert {r["patient"]: r["split"] for r in rows}.items() > sides.items()
+    # an array that a build with another --spacing wrote, before it was stopped
+    old = np.load(tmp_path / "c" / rows[0]["file"])
+    np.save(tmp_path / "c" / rows[0]["file"], np.repeat(old, 2, 2))
+    built(tmp_path / "c", tmp_path / "s", tmp_path / "other")
+    assert np.array_equal(np.load(tmp_path / "c" / rows[0]["file"]), old)
+
+
+def test_a_corpus_without_patients_to_validate_is_named(tmp_path):
+    ramps(tmp_path / "s", 20)
+    built(tmp_path / "c", tmp_path / "s")
+    how = {"size": 16, "stride": 1}
+    with pytest.raises(BadInput, match=f"^{tmp_path}/c: nothing to validate with"):
+        Sequences(Sequences(tmp_path / "c", **how), "val", **how)
 
 
 def test_skipped_files_stay_listed_until_they_are_tried_again(tmp_path):
