@@ -897,7 +897,7 @@ def draw_cases(path, cases, probs, classes):
             volume = load_volume(cases[i])
             for ax, axis in zip(planes, (2, 1, 0)):
                 view = volume.select(axis, volume.shape[axis] // 2).T
-                ax.imshow(view.float(), "gray", vmin=0, vmax=1, origin="lower", aspect="auto")
+                ax.imshow(view.numpy(), "gray", vmin=0, vmax=1, origin="lower", aspect="auto")
             words = f"is {classes[labels[i]]}\nscored {classes[decided[i]]} {probs[i].max():.2f}"
             planes[0].set_title(words, fontsize=9)
     save_figure(fig, path)
