@@ -1042,7 +1042,7 @@ def hashes_of(path):
             values, _, _ = read_scan(path)
         frames = np.moveaxis(values.reshape(*values.shape[:3], -1), 3, 0)
         return [digest(to_int16(frame)[0], 16) for frame in frames]
-    except (BadInput, MemoryError) as e:
+    except (ValueError, OverflowError, MemoryError) as e:
         return str(e) or "not enough memory"
 
 
