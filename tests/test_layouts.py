@@ -472,6 +472,9 @@ def test_a_corpus_is_checked_and_audited(tmp_path, run, monkeypatch):
     other = write(data / "imagesTr/spleen_3.nii.gz")
     half = write(data / "imagesTr/spleen_6.nii.gz")
     half.write_bytes(b"half a scan")
+    vast = data / "imagesTr/spleen_7.nii.gz"  # beyond 63 bits
+    values = np.arange(2**63, 2**63 + 1000, dtype=np.uint64).reshape(10, 10, 10)
+    nib.save(nib.Nifti1Image(values, np.eye(4), dtype=np.uint64), vast)
     write(data / "labelsTr/spleen_2.nii.gz")
     real, ended = serialize.parallel, []
 
@@ -484,9 +487,9 @@ def test_a_corpus_is_checked_and_audited(tmp_path, run, monkeypatch):
     assert ended  # its processes, too: those of a generator left half-way end in a traceback
     assert f"{same}: the same voxels as {scans[1]}\n" in told
     assert f"{named}: the same name as {scans[2]}\n" in told
-    assert f"{other}:" not in told and f"{half}: unreadable: " in told
-    words = f"1 are in {corpus} voxel for voxel, 1 by name alone, 1 could not be read"
-    assert f"4 scans of {data}: {words}" in told
+    assert f"{other}:" not in told and f"{half}: unreadable: " in told and f"{vast}: " in told
+    words = f"1 are in {corpus} voxel for voxel, 1 by name alone, 2 could not be read"
+    assert f"5 scans of {data}: {words}" in told
 
     array = corpus / rows[1]["file"]
     damaged = bytearray(array.read_bytes())
