@@ -186,7 +186,7 @@ def told(name, default=0):
     return int(os.environ.get(name, default))
 
 
-def begin():
+def start_worker():
     """In a new process of a pool: it ends with the one that it works for (Linux), however it ends.
 
     PyTorch's threads do not survive a fork, and a worker that waits for them never ends.
@@ -207,7 +207,7 @@ def parallel(fn, items, workers=None, desc=None):
     if workers <= 1:
         yield from tqdm(map(fn, items), **bar)
         return
-    with ProcessPoolExecutor(workers, None, begin) as pool:
+    with ProcessPoolExecutor(workers, None, start_worker) as pool:
         try:
             yield from tqdm(pool.map(fn, items), **bar)
         except BrokenProcessPool:

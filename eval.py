@@ -426,7 +426,7 @@ def surface_scores(a, b, spacing, tolerance):
     """Surface Dice at `tolerance` (mm) and HD95 (mm) of two masks, neither of them empty."""
     a, b = (np.argwhere(mask & ~binary_erosion(mask)) * spacing for mask in (a, b))  # [n, 3], mm
     to_b, to_a = cKDTree(b).query(a, workers=-1)[0], cKDTree(a).query(b, workers=-1)[0]
-    close = np.mean(np.append(to_a, to_b) <= tolerance + 1e-4)  # sizes are rounded
+    close = np.mean(np.append(to_a, to_b) <= tolerance + 1e-4)  # mm: voxel sizes are float32's
     return close, max(np.percentile(to_a, 95), np.percentile(to_b, 95))
 
 

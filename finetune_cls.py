@@ -138,7 +138,8 @@ def parser():
     )
     add("--lists", nargs=3, help="ricord: train, val, test; lines FILE LABEL (default in --data)")
     add("--patient", help="a patient's pattern in a path (default RICORD's names; else the file's)")
-    add("--labels", default="1", help="share of a class' patients, or a list of names (default 1)")
+    words = "share of the training patients of each class, or a list of their names (default 1)"
+    add("--labels", default="1", help=words)
     add("--volume", type=int, nargs=3, help="X Y Z voxels (published: 128³, ricord 128x128x64)")
     size_flag(add)
     add("--range", type=float, nargs=2, help="intensities for 0 and 1 (published: ricord 0 1400)")

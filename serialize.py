@@ -99,7 +99,7 @@ def flags():
     add(
         "--patient",
         metavar="REGEX",
-        help="what names the patient (group 1, if any) in a folder's path; default: file or folder",
+        help="names the patient (group 1, if any) in a scan's path; default: file or folder",
     )
     size_flag(add)
     add = p.add_argument_group("corpus").add_argument
@@ -852,10 +852,12 @@ def write_index(out, rows, name="index.jsonl"):
 
 
 def holds(corpus, row):
-    """Whether the array of a row is there in full."""
+    """Whether the array of a row is there, of the row's size: a stopped build may have left others.
+
+    NumPy's header of three axes takes 128 bytes.
+    """
     at = os.path.join(corpus, row["file"])
-    # its header takes 128 bytes
-    return os.path.isfile(at) and os.path.getsize(at) - 2 * math.prod(row["shape"]) in range(256)
+    return os.path.isfile(at) and os.path.getsize(at) == 128 + 2 * math.prod(row["shape"])
 
 
 ROW = {"kind": str, "file": str, "patient": (str, int), "group": (str, int), "shape": [int]}
@@ -898,8 +900,8 @@ def read_index(corpus, name="index.jsonl", whole=True, keys=None):
     if faulty:
         file = os.path.join(corpus, faulty[0])
         raise BadInput(
-            f"{file}: {'cut short' if os.path.isfile(file) else 'missing'}; delete {path} and "
-            "build the corpus again"
+            f"{file}: {'cut short, or too long' if os.path.isfile(file) else 'missing'}; delete "
+            f"{path} and build the corpus again"
         )
     return rows
 
@@ -1127,7 +1129,7 @@ class Sequences(torch.utils.data.Dataset):
     mix: {kind: weight}, or what `parse_mix` takes, or None: the kinds in turn (to validate).
     stride: between the starts of successive slabs, voxels. depth: D. kinds: those it draws from.
     have: {kind: scans, patients, or lesion types with enough patients}.
-    corpus: a folder, several, or other Sequences, whose index is not read again.
+    corpus: a folder, several, or other Sequences, whose index is not read again. named: those.
     """
 
     def __init__(self, corpus, split="train", size=128, images=4, stride=8, mix=None, seed=0):
@@ -1192,7 +1194,7 @@ class Sequences(torch.utils.data.Dataset):
 
     def array(self, row):
         if not holds("", row):  # cut short under a run: reading on would kill the process
-            raise BadInput(f"{row['file']}: cut short or removed since this run began")
+            raise BadInput(f"{row['file']}: cut short, replaced or removed since this run began")
         return open_array(row["file"], tuple(row["shape"]))
 
     # each draws S crops [X, Y, D] and says what their intensity ranges are of: one or each
