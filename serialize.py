@@ -154,18 +154,16 @@ def settle(args):
     if args.volume % args.patch:
         raise BadInput(f"--patch {args.patch}: not a divisor of --volume {args.volume}")
     args.scans = args.spatial or args.contrast or args.semantic
-    doing = args.phantom or args.inspect or args.bench or args.check or args.audit
-    if not (args.scans or doing):
+    if not (args.scans or args.phantom or args.inspect or args.bench or args.check or args.audit):
         raise BadInput(
             "nothing to do: name scans (--spatial, --contrast, --semantic), --phantom, --inspect, "
             "--bench, --check or --audit"
         )
     if args.audit and not args.against:
         raise BadInput(f"--audit {args.audit}: name the scans, --against DATA")
-    if args.phantom and (args.scans or args.out):
+    if args.phantom and (args.scans or args.out or args.patient or args.spacing):
         raise BadInput(
-            "--phantom has a folder of its own: leave out --out, --spatial, --contrast and "
-            "--semantic"
+            "--phantom has a folder and scans of its own: no --out, --patient, --spacing"
         )
     if args.scans or args.inspect or args.check:
         args.out = args.out or "data/corpus"
@@ -179,8 +177,7 @@ def main():
         args.out = ensure_phantom(args.seed, args.workers)
         print(f"{args.out} is there; delete {args.out.parent} to have others made")
     if args.audit:
-        named = Path(args.audit), Path(args.against)
-        return audit(*named, args.exclude, args.patient, args.workers)
+        return audit(Path(args.audit), Path(args.against), args.exclude, args.patient, args.workers)
     if args.scans:
         jobs = collect(  # and what is left out
             args.spatial or [], args.contrast or [], args.semantic, args.exclude, args.patient
