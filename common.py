@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import csv
 import ctypes
-import errno
 import fcntl
 import itertools
 import json
@@ -18,7 +17,6 @@ import mmap
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -70,10 +68,7 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except Exception:  # noqa: BLE001
-        traceback.print_exc()
-        sys.exit(1)
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
         # DDP holds the group's threads: one that lets a tensor go while the interpreter is taken
         # down would abort the process
@@ -110,8 +105,7 @@ def write_beside(path):
 
 
 def unwritable(path, e):
-    full = "disk full: " * (e.errno == errno.ENOSPC)
-    return Unwritable(f"{path}: cannot be written ({full}{e.strerror or e})")
+    return Unwritable(f"{path}: cannot be written ({e.strerror or e})")
 
 
 def write_text(path, text):
@@ -223,8 +217,11 @@ def parallel(fn, items, workers=None, desc=None):
 # ---- flags -----------------------------------------------------------------------------------
 
 # what --resume may change: the run stays the same
-FREE = "resume data out device workers micro compile kernels log_every val_every save_every"
-FREE = {*FREE.split(), "stop_after", "largest", "recompute", "asked"}
+FREE = (
+    "resume data out device workers micro compile kernels log_every val_every save_every "
+    "stop_after largest recompute asked"
+)
+FREE = {*FREE.split()}
 MACHINES = "micro", "workers", "compile"  # what a machine decides where it is not asked for
 
 
@@ -352,8 +349,7 @@ class Machine:
         """fn(item) of all items, in their order: each rank does a share, in its processes."""
         mine = items[self.rank :: self.world]
         workers = cores() // told("LOCAL_WORLD_SIZE", 1)
-        done = [*parallel(fn, mine, workers, self.main and desc)]
-        shares = self.gather(done)
+        shares = self.gather([*parallel(fn, mine, workers, self.main and desc)])
         return [shares[i % self.world][i // self.world] for i in range(len(items))]
 
     def barrier(self):
@@ -446,15 +442,11 @@ def distribute(net, args, machine):
 
 def save_checkpoint(path, **state):
     """Write plain types and tensors, aside and then renamed; `format` names their kind."""
-    if "format" not in state:
-        raise ValueError("a checkpoint needs its format")
-    with write_beside(path) as tmp:
+    with write_beside(path) as tmp, open(tmp, "wb") as f:
         try:
-            torch.save(state, tmp)
-        except RuntimeError as e:  # PyTorch's writer does not say that the disk is full
-            free = shutil.disk_usage(tmp.parent).free
-            code = errno.ENOSPC if free < 2**26 else errno.EIO
-            raise OSError(code, str(e).splitlines()[0]) from None
+            torch.save(state, f)
+        except RuntimeError as e:  # PyTorch's writer, after the file's own error
+            raise e.__context__ or e from None
 
 
 def load_checkpoint(path, format=None):
@@ -469,8 +461,7 @@ def load_checkpoint(path, format=None):
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001  (half a dozen types, for a cut file or a pickle)
-        lines = str(e).strip().splitlines()
-        reason = lines[0][:120] if lines else type(e).__name__
+        reason = f"{type(e).__name__}: {e}".splitlines()[0][:120]
         raise BadInput(
             f"{path}: cannot be read as a checkpoint ({path.stat().st_size:,} bytes; {reason}); "
             "it may be cut short or not a PyTorch file: use an earlier one"
@@ -635,7 +626,6 @@ def batches(dataset, numbers, args, machine):
         for some in numbers:
             yield to_device(default_collate([dataset[n] for n in some]), machine.device, host_keys)
         return
-    numbers = iter(numbers)
     first = next(numbers, None)
     if first is None:
         return
@@ -744,8 +734,7 @@ def work(read, slots, i, workers, pipe, others):
                 for place in range(i, len(numbers), workers):
                     room = {k: v[place] for k, v in slots[slot].items()}
                     for k, v in read(numbers[place], room).items():
-                        if v is not room[k]:
-                            room[k].copy_(torch.as_tensor(v))
+                        room[k].copy_(torch.as_tensor(v))  # onto itself: nothing
             except Exception as e:  # noqa: BLE001  (raised where the batch is due)
                 fault = e
                 fault.add_note(traceback.format_exc())  # it does not travel by itself
@@ -780,8 +769,8 @@ def cosine_lr(step, steps, lr, warmup):
     """Rate of `step` (0-based) out of `steps`: linear over `warmup` steps, then half a cosine."""
     if step < warmup:
         return lr * (step + 1) / warmup
-    t = (step - warmup) / max(1, steps - warmup)
-    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+    t = (step - warmup) / (steps - warmup)
+    return lr * 0.5 * (1 + math.cos(math.pi * t))
 
 
 # ---- the loop --------------------------------------------------------------------------------
@@ -903,7 +892,8 @@ class Loop:
         self.step += 1
         self.bar.update()
         self.late = time.perf_counter() - self.saved >= 60 * self.args.save_every
-        self.saved = time.perf_counter() if self.late else self.saved
+        if self.late:
+            self.saved = time.perf_counter()
         if self.logged or self.saves or not self.machine.cuda:
             self.check_finite()
         if not self.logged:
@@ -918,7 +908,8 @@ class Loop:
         row = dict(zip(losses, means)) if skipped < steps else {}
         row |= {k: float(v) for k, v in values.items()}
         row |= {k: quantity * steps / seconds for k, quantity in self.per_second.items()}
-        row |= {"skipped": skipped} if skipped else {}
+        if skipped:
+            row["skipped"] = skipped
         self.log.write(step=self.step, **row, seconds=seconds)
         self.bar.set_postfix({k: f"{row.get(k, math.nan):.3f}" for k in losses}, refresh=False)
         self.total, self.since, self.clock = 0, self.step, time.perf_counter()
@@ -941,18 +932,19 @@ class Loop:
 
         A signal breaks it off; not with several ranks, which would wait for one another.
         """
-        start, self.hurried = time.perf_counter(), self.machine.world == 1
+        start = time.perf_counter()
         try:
+            self.hurried = self.machine.world == 1
             yield
+            self.hurried = False
         except Interrupted:
             self.stopping = self.owes = True
-        self.hurried = False
         self.clock += time.perf_counter() - start
 
     def state(self, optimiser, best):
         """What `restored` takes up, for a checkpoint."""
-        facts = {"step": self.step, "best": best, "owes": self.owes}
-        return {**facts, "optimiser": optimiser.state_dict()}
+        moments = optimiser.state_dict()
+        return {"step": self.step, "best": best, "owes": self.owes, "optimiser": moments}
 
     @property
     def validates(self):
@@ -1002,8 +994,9 @@ class Log:
         """Have the checkpoint NAME written while training goes on: from a copy, one at a time."""
         if self.path is not None:
             self.wait()
-            path, copy = self.path.parent / name, host_copy(state)
-            self.writing = self.writer.submit(save_checkpoint, path, **copy)
+            self.writing = self.writer.submit(
+                save_checkpoint, self.path.parent / name, **host_copy(state)
+            )
 
     def wait(self):
         """Until the last one is written; Unwritable where it cannot be."""
@@ -1025,11 +1018,14 @@ def read_log(path):
     """The rows of a log.jsonl, oldest first; none if there is no file, nor a last one cut short."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 break
+            if not is_like(row, {"step": int}) or "step" not in row:
+                break
+            rows.append(row)
     return rows
 
 

@@ -166,7 +166,7 @@ def settle(args):
             "--phantom has a folder and scans of its own: no --out, --patient, --spacing"
         )
     if args.scans or args.inspect or args.check:
-        args.out = args.out or "data/corpus"
+        args.out = Path(args.out or "data/corpus")
     args.stride = args.stride or args.volume // 16
 
 
@@ -177,17 +177,17 @@ def main():
         args.out = ensure_phantom(args.seed, args.workers)
         print(f"{args.out} is there; delete {args.out.parent} to have others made")
     if args.audit:
-        return audit(Path(args.audit), Path(args.against), args.exclude, args.patient, args.workers)
+        return audit(args)
     if args.scans:
         jobs = collect(  # and what is left out
             args.spatial or [], args.contrast or [], args.semantic, args.exclude, args.patient
         )
         if args.check:
             return check_scans(*jobs, args.workers)
-        with lock_of(Path(args.out)):
+        with lock_of(args.out):
             build(*jobs, args.out, args.val, args.seed, args.workers, args.spacing)
     elif args.check:
-        return check_corpus(Path(args.out), args.workers)
+        return check_corpus(args.out, args.workers)
     if args.inspect or args.bench:
         with tempfile.TemporaryDirectory() as folder:
             if not args.out:
@@ -197,7 +197,7 @@ def main():
                 args.out or folder, size=args.volume, stride=args.stride, seed=args.seed
             )
             if args.inspect:
-                inspect(data, args.patch, args.order, Path(args.out))
+                inspect(data, args.patch, args.order, args.out)
             if args.bench:
                 bench(data)
 
@@ -255,7 +255,7 @@ def read_named(path, reader=read_scan):
 def header_of(path):
     """The image of a NIfTI file, its voxels not read, and its affine in mm; BadInput: no volume."""
     img = nib.load(path)
-    if not isinstance(img, nib.nifti1.Nifti1Pair) or isinstance(img, nib.Cifti2Image):
+    if not isinstance(img, nib.nifti1.Nifti1Pair):
         raise BadInput(f"a {type(img).__name__}, not a NIfTI volume")
     stored = img.get_data_dtype()
     check_volume(img.shape, stored)
@@ -312,7 +312,8 @@ def machine_memory():
 
 def read_nifti(path):
     img, affine = header_of(path)
-    voxels, slope, inter = img.dataobj, float(img.dataobj.slope), float(img.dataobj.inter)
+    voxels = img.dataobj
+    slope, inter = voxels.slope, voxels.inter
     raw = voxels_of(img.file_map["image"].filename, voxels.offset, voxels.dtype, voxels.shape)
     if img.shape[3:] == (1,):  # one frame: a volume
         raw = raw[..., 0]
@@ -412,7 +413,7 @@ def text_of(shape):
 
 def apart(a, b, shape):
     """How far two affines place the corners of a volume of `shape` apart, in voxels of `b`."""
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape[:3]) - 1)
+    corners = [*np.ndindex(2, 2, 2)] * np.subtract(shape[:3], 1)
     moved = nib.affines.apply_affine(np.linalg.inv(b) @ a, corners)
     return np.abs(moved - corners).max()
 
@@ -449,14 +450,14 @@ def to_int16(values):
     if whole and high - low <= 65535:
         inter = 0 if low >= -32768 and high <= 32767 else int(low) + 32768
         moved = values.astype(np.int64) - inter if inter else values
-        return np.ascontiguousarray(moved, np.int16), 1.0, float(inter)
+        return np.ascontiguousarray(moved, np.int16), 1.0, inter
     a, b = np.percentile(values, [0.01, 99.99])
     if b > a:
         low, high = max(low, a - (b - a)), min(high, b + (b - a))
     slope = (high - low) / 65534
     inter = low + 32767 * slope
     levels = np.rint((np.clip(values, low, high) - inter) / slope)
-    return np.ascontiguousarray(levels, np.int16), float(slope), float(inter)
+    return np.ascontiguousarray(levels, np.int16), slope, inter
 
 
 # ---- jobs, one a scan or case ----------------------------------------------------------------
@@ -572,20 +573,20 @@ def patient_of(file, folder, shared_name, regex=None):
     if known := re.search(r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d{5}", str(name)):
         return known.group()
     if file.is_dir():
-        parts = [p for p in name.parts if not re.fullmatch("(train|test)(_images)?", p)]
-        return (parts or [file.name])[0]
-    return (
-        str(name.parent if name.parent.name else file.parent)
-        if shared_name
-        else re.sub(r"(?<=\d)(_day\d+)?(_000\d)?$", "", stem_of(file))
-    )
+        return next(
+            (p for p in name.parts if not re.fullmatch("(train|test)(_images)?", p)), file.name
+        )
+    if shared_name:
+        return str(name.parent if name.parent.name else file.parent)
+    return re.sub(r"(?<=\d)(_day\d+)?(_000\d)?$", "", stem_of(file))
 
 
 def contrast_jobs(folders, patient=None):
     """A job a folder CASE/CASE-{t1n,…}.nii.gz."""
     for folder in map(Path, folders):
-        files = (f for f in below(folder) if ".nii" in f.name and not f.name.startswith("._"))
-        cases = sorted({f.parent for f in files})
+        cases = sorted(
+            {f.parent for f in below(folder) if ".nii" in f.name and not f.name.startswith("._")}
+        )
         if not cases:
             raise BadInput(
                 f"{folder}: no such folder, or no case folders CASE/CASE-t1n.nii.gz in it"
@@ -602,7 +603,7 @@ def contrast_jobs(folders, patient=None):
 
 def semantic_jobs(table, folder):
     """A job a volume of DeepLesion with its lesions by DL_info.csv (columns 0, 6, 9 and 11)."""
-    if not Path(table).is_file() or not Path(folder).is_dir():
+    if not Path(folder).is_dir():
         raise BadInput(
             f"--semantic {table} {folder}: DL_info.csv and the folder Images_nifti are needed"
         )
@@ -642,15 +643,15 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
 
     spacing: mm, three, None: as it is. Returns the rows of the index; BadInput if there is none.
     """
-    out, part = Path(out), "index.part.jsonl"
-    names = [n for n in ("index.jsonl", part) if (out / n).exists()]  # part: of a stopped run
+    part = "index.part.jsonl"
     jobs, todo = {job_key(j): j for j in jobs}, []  # a dict: folders may overlap
     rows, held = [], []
-    for name in names:  # what it was to read again, and this call does not name, stays
-        new = read_index(out, name, whole=False)
-        held += new
-        mine = {*jobs, *map(job_key, new)}
-        rows = new + [r for r in rows if job_key(r) not in mine]
+    for name in ("index.jsonl", part):  # part: of a stopped run
+        if (out / name).exists():  # what it was to read again, and this call does not name, stays
+            new = read_index(out, name, whole=False)
+            held += new
+            mine = {*jobs, *map(job_key, new)}
+            rows = new + [r for r in rows if job_key(r) not in mine]
     stamps = {job_key(r): r["stamp"] for r in rows}
     stamps |= {job_key(r): None for r in rows if not holds(out, r)}
     # --exclude may be new; of DICOM slices the job is their folder
@@ -662,7 +663,6 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
         if stamps.get(key) != stamp:
             stamps[key] = None
             todo.append({**job, "out": out, "stamp": stamp, "spacing": spacing})
-    splits = {patient_key(r): r["split"] for r in held if "split" in r}
     rows = [r for r in rows if stamps[job_key(r)]]
     say(f"{len(jobs)} scans or cases, {len(jobs) - len(todo)} of them in {out} already")
     spatial = [j for j in jobs.values() if j["kind"] == "spatial"]
@@ -693,10 +693,7 @@ def build(jobs, skipped, out, val=0.05, seed=0, workers=None, spacing=None, say=
         raise BadInput(
             f"none of the files could be used, {len(skipped)} skipped ({out}/skipped.csv)" + last
         )
-    for r in rows:  # what is read again stays on its side
-        if "split" not in r and patient_key(r) in splits:
-            r["split"] = splits[patient_key(r)]
-    write_index(out, split_by_patient(rows, val, seed))
+    write_index(out, split_by_patient(rows, val, seed, held))  # who is read again stays put
     (out / part).unlink(missing_ok=True)
     summarise(rows, skipped, out, say)
     return rows
@@ -724,7 +721,7 @@ def store(job):
     rows = []
     try:
         scans = [read_scan(path) for path in job["files"]]
-        rows.extend(store_scans(job, scans))  # those before an error stay in it
+        rows += store_scans(job, scans)  # those before an error stay in it
         if not all(map(oriented, job["files"])):
             rows[0]["unoriented"] = True
         return job, rows, None
@@ -739,7 +736,7 @@ def oriented(path):
     if suffix_of(path) not in NIFTI:
         return True
     header = because(nib.load, path).header
-    return bool(header["sform_code"] or header["qform_code"])
+    return header["sform_code"] or header["qform_code"]
 
 
 def store_scans(job, scans):
@@ -763,7 +760,7 @@ def store_scans(job, scans):
             if job["kind"] == "contrast":
                 row["contrast"] = CONTRASTS[n]
             for lesion in job["lesions"]:
-                yield {**row, **place_lesion(lesion, own, *grid)} if lesion else row
+                yield row | place_lesion(lesion, own, *grid) if lesion else row
 
 
 def store_array(job, values, shape, affine, source):
@@ -777,15 +774,15 @@ def store_array(job, values, shape, affine, source):
     name = f"{job['kind']} {source}"
     file = f"arrays/{digest(name, 10)}.npy"
     with write_beside(job["out"] / file) as tmp:
-        np.save(tmp, array, allow_pickle=False)
+        np.save(tmp, array)
     return {
         **{k: job[k] for k in ("kind", "job", "stamp", "patient", "group")},
         "source": source,
         "hash": digest(whole, 16),
         "stored": digest(array, 16),
         "file": file,
-        "shape": list(array.shape),
-        "spacing": [round(float(s), 4) for s in nib.affines.voxel_sizes(affine)],
+        "shape": shape,
+        "spacing": nib.affines.voxel_sizes(affine).round(4).tolist(),
         "slope": slope,
         "inter": inter,
     }
@@ -808,10 +805,10 @@ def place_lesion(lesion, own, shape, grid):
     own, grid: affines of the file and of what is stored, whose shape is given.
     """
     group, row, column = lesion
-    voxel = np.linalg.inv(grid) @ own @ [row, column, 0, 1]
-    if not ((voxel[:2] >= -0.5) & (voxel[:2] < np.array(shape[:2]))).all():
+    x, y, *_ = (np.linalg.inv(grid) @ own @ [row, column, 0, 1]).tolist()
+    if not (-0.5 <= x < shape[0] and -0.5 <= y < shape[1]):
         raise BadInput(f"a lesion at row {row:g}, column {column:g} lies outside of it")
-    return {"group": str(group), "centre": [round(float(c), 1) for c in voxel[:2]]}
+    return {"group": str(group), "centre": [round(x, 1), round(y, 1)]}
 
 
 def summarise(rows, skipped, out, say):
@@ -881,25 +878,24 @@ def read_index(corpus, name="index.jsonl", whole=True, keys=None):
             f"{corpus}: no corpus there (index.jsonl); build one: python serialize.py --phantom, "
             "or --spatial DIR"
         )
-    decode, rows, faulty = json.JSONDecoder(parse_constant=int).decode, [], []
+    decode, rows = json.JSONDecoder(parse_constant=int).decode, []
     try:
         with open(path) as lines:
             for r in map(decode, lines):
                 if not is_row(r) or whole and "split" not in r:
                     raise ValueError
-                if whole and not holds(corpus, r):
-                    faulty.append(r["file"])
                 rows.append(r if keys is None else {k: r[k] for k in keys if k in r})
     except (ValueError, OSError, RecursionError):
         raise BadInput(
             f"{path}: not an index of serialize.py; delete it and build the corpus again"
         ) from None
-    if faulty:
-        file = os.path.join(corpus, faulty[0])
-        raise BadInput(
-            f"{file}: {'cut short, or too long' if os.path.isfile(file) else 'missing'}; delete "
-            f"{path} and build the corpus again"
-        )
+    for r in rows:
+        if whole and not holds(corpus, r):
+            file = os.path.join(corpus, r["file"])
+            raise BadInput(
+                f"{file}: {'cut short, or too long' if os.path.isfile(file) else 'missing'}; "
+                f"delete {path} and build the corpus again"
+            )
     return rows
 
 
@@ -943,16 +939,16 @@ def check_scans(jobs, skipped, workers):
     for name in ("type", "orientation", "units"):
         print(f"{name}: {dict(Counter(row[name] for row in facts).most_common())}")
     for name in ("shape", "spacing"):
-        low, middle, high = np.quantile([row[name] for row in facts], [0, 0.5, 1], 0)
-        words = [" x ".join(f"{n:.4g}" for n in v) for v in (low, middle, high)]
+        three = np.quantile([row[name] for row in facts], [0, 0.5, 1], 0)
+        words = [" x ".join(f"{n:.4g}" for n in v) for v in three]
         print("{}: least {}, median {}, most {}".format(name, *words))
     print(f"files that others have too, byte for byte: {sum(n - 1 for n in twins.values())}")
-    seconds, some = time.perf_counter(), facts[:: len(facts) // 5 + 1]
-    for row in some:
+    disk, part, start = sum(row["disk"] for row in facts), 0, time.perf_counter()
+    for row in facts[:: len(facts) // 5 + 1]:
         hashes_of(row["file"])
-    seconds = (time.perf_counter() - seconds) * sum(row["disk"] for row in facts)
-    seconds /= sum(row["disk"] for row in some) * (workers or cores())
-    disk = sum(row["disk"] for row in facts)
+        part += row["disk"]
+    seconds = (time.perf_counter() - start) * disk / part
+    seconds /= cores() if workers is None else max(1, workers)
     print(
         f"a corpus of them: {disk / 1e9:.3g} GB at their own spacing, about {seconds / 60:.1f} min"
     )
@@ -1005,17 +1001,17 @@ def fault_of(corpus, row):
     return None if digest(array.numpy(), 16) == row.get("stored") else row["file"]
 
 
-def audit(corpus, data, exclude, patient, workers):
-    """Print which scans below `data` a corpus holds: the same voxels, or a patient of one name."""
-    rows = read_index(corpus)
+def audit(args):
+    """Print which scans of --against a corpus holds: the same voxels, or a patient of one name."""
+    rows, data = read_index(args.audit), Path(args.against)
     hashes = {r["hash"]: r["source"] for r in rows}
     # of spatial scans the name of the folder that was named stands before the patient's
     names = {str(r["patient"]).split("/", r["kind"] == "spatial")[-1]: r["source"] for r in rows}
-    scans, _ = scans_under(data, exclude)
+    scans, _ = scans_under(data, args.exclude)
     often, found = Counter(map(stem_of, scans)), Counter()
-    read = parallel(hashes_of, scans, workers, "reading scans")
+    read = parallel(hashes_of, scans, args.workers, "reading scans")
     for own, scan in zip(read, scans):  # in this order the processes are ended
-        who = patient_of(scan, data, often[stem_of(scan)] > 1, patient)
+        who = patient_of(scan, data, often[stem_of(scan)] > 1, args.patient)
         same = [hashes[h] for h in own if h in hashes]  # own: of what is unreadable, a text
         if same or who in names:
             what = "voxels" if same else "name"
@@ -1027,7 +1023,7 @@ def audit(corpus, data, exclude, patient, workers):
             continue
         found[what] += 1
     print(
-        f"{len(scans)} scans of {data}: {found['voxels']} are in {corpus} voxel for voxel, "
+        f"{len(scans)} scans of {data}: {found['voxels']} are in {args.audit} voxel for voxel, "
         f"{found['name']} by name alone, {found['unreadable']} could not be read"
     )
 
@@ -1048,15 +1044,16 @@ def hashes_of(path):
 # ---- splits ----------------------------------------------------------------------------------
 
 
-def split_by_patient(rows, val, seed):
+def split_by_patient(rows, val, seed, earlier=()):
     """Give each row without one its split, by patient: those of the smallest hashes validate.
 
     A share `val` of the patients of each kind, at least one; semantic: of each type, at least
     four, since a sequence takes that many. None where that would leave fewer to train on.
-    Patients that have a split keep it as a corpus grows.
+    Patients that have a split, here or in `earlier` rows, keep it as a corpus grows.
     """
-    known = {patient_key(r) for r in rows if "split" in r}
-    held = {patient_key(r) for r in rows if r.get("split") == "val"}
+    placed = [r for r in (*earlier, *rows) if "split" in r]
+    known = set(map(patient_key, placed))
+    held = {patient_key(r) for r in placed if r["split"] == "val"}
     strata, owners = defaultdict(set), defaultdict(set)
     for r in rows:
         strata[r["kind"], r["kind"] == "semantic" and r["group"]].add(patient_key(r))
@@ -1198,10 +1195,7 @@ class Sequences(torch.utils.data.Dataset):
 
     def spatial(self, rng):
         """Slabs of one crop: D slices each, `stride` apart, the first at a random z of the crop."""
-        array = self.array(self.scans[rng.integers(len(self.scans))])
-        box = [self.size] * 3
-        start = [rng.integers(max(1, n - self.size + 1)) for n in array.shape]
-        crop = resize(cut(array, start, box), box)
+        [crop] = self.boxes(rng, [drawn(rng, self.scans)], self.size)
         span = self.depth + (self.images - 1) * self.stride
         first = rng.integers(self.size - span + 1)
         slab = span if self.kinds == ["spatial"] else self.depth
@@ -1210,29 +1204,35 @@ class Sequences(torch.utils.data.Dataset):
 
     def contrast(self, rng):
         """The same box in the co-registered contrasts of one patient."""
-        case = self.cases[rng.integers(len(self.cases))]
-        box = [self.size, self.size, self.depth]
-        start = [rng.integers(max(1, n - b + 1)) for n, b in zip(case[0]["shape"], box)]
-        rows = (case * self.images)[: self.images]
-        crops = [resize(cut(self.array(row), start, box), box) for row in rows]
+        rows = (drawn(rng, self.cases) * self.images)[: self.images]
+        crops = self.boxes(rng, rows, self.depth)
         return crops, crops
+
+    def boxes(self, rng, rows, depth):
+        """A box [size, size, depth] at random, the same of the arrays of all rows."""
+        box = [self.size, self.size, depth]
+        start = [rng.integers(max(1, n - b + 1)) for n, b in zip(rows[0]["shape"], box)]
+        return [resize(cut(self.array(row), start, box), box) for row in rows]
 
     def semantic(self, rng):
         """Lesions of one type from as many patients."""
-        patients = self.types[rng.integers(len(self.types))]
+        patients = drawn(rng, self.types)
         crops = []
         for p in rng.choice(len(patients), self.images, replace=False):
-            row = patients[p][rng.integers(len(patients[p]))]
+            row = drawn(rng, patients[p])
             crops.append(lesion_crop(self.array(row), row, self.size, self.depth))
         return crops, crops
 
 
+def drawn(rng, items):
+    """One of a list, at random."""
+    return items[rng.integers(len(items))]
+
+
 def grouped(rows, key):
     """Rows by `key`, as lists in the order of the key."""
-    groups = defaultdict(list)
-    for r in rows:
-        groups[r[key]].append(r)
-    return [g for _, g in sorted(groups.items())]
+    by = itemgetter(key)
+    return [[*group] for _, group in itertools.groupby(sorted(rows, key=by), by)]
 
 
 def lesion_crop(array, row, size, depth):
@@ -1248,14 +1248,14 @@ def open_array(path, shape):
     Unlike NumPy's, the map keeps no file open: corpora outnumber `ulimit -n`. BadInput: another
     type, shape or order than the index has it.
     """
-    stored = read_named(path, partial(np.load, mmap_mode="r"))
-    if (stored.dtype.str, stored.shape, stored.flags.c_contiguous) != ("<i2", shape, True):
-        raise BadInput(
-            f"{path}: {stored.dtype} {stored.shape}, where the index says int16 {shape}: build the "
-            "corpus again"
-        )
 
     def mapped(path):
+        stored = np.load(path, mmap_mode="r")
+        if (stored.dtype.str, stored.shape, stored.flags.c_contiguous) != ("<i2", shape, True):
+            raise BadInput(
+                f"{stored.dtype} {stored.shape}, where the index says int16 {shape}: build the "
+                "corpus again"
+            )
         size = os.path.getsize(path) // 2
         values = torch.from_file(path, shared=False, size=size, dtype=torch.int16)
         return values[-math.prod(shape) :].view(shape)  # without the header
@@ -1325,21 +1325,20 @@ def draw_strips(path, views, depth, numbers=None):
 
     numbers [x, y, z]: written on the patches.
     """
+
+    def strip(volume):  # [X, Y, Z] -> [S·X, Y]
+        return torch.cat(volume[:, :, depth // 2 :: depth].unbind(2)).numpy(force=True)
+
     columns, wide = len(next(iter(views.values()))), 6 if numbers is None else 12
     fig, axes = figure_of((wide * columns, wide * 0.3 * len(views)), len(views), columns)
     for line, (row, volumes) in zip(axes, views.items()):
         for ax, (name, volume) in zip(line, volumes.items()):
-            slices = volume[:, :, depth // 2 :: depth].clamp(0, 1)  # [X, Y, S]
-            strip = torch.cat(slices.unbind(2)).T.numpy(force=True)  # [Y, S·X]
             if numbers is not None:
                 edge = len(volume) // len(numbers)
-                shown = torch.cat(
-                    numbers.repeat_interleave(edge, 2)[:, :, depth // 2 :: depth].unbind(2)
-                )
-                for (x, y), n in np.ndenumerate(shown.numpy()):
+                for (x, y), n in np.ndenumerate(strip(numbers.repeat_interleave(edge, 2))):
                     at = (x + 0.5) * edge, (y + 0.5) * edge
                     ax.text(*at, n, color="white", fontsize=7, ha="center", va="center")
-            ax.imshow(strip, cmap="gray", origin="lower", vmin=0, vmax=1)
+            ax.imshow(strip(volume).T, cmap="gray", origin="lower", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[], title=name, facecolor="tab:blue")
         line[0].set_ylabel(row)
     save_figure(fig, path)
@@ -1470,9 +1469,8 @@ def bench(data):
         print(f"{'':>9}  {count / seconds:.0f}/s handed over by {cores()} loader processes")
     with torch.device("meta"):
         models = {k: Model(Config(**v)) for k, v in SIZES.items()}
-    work = {k: model.flops([data.size] * 3) for k, model in models.items()}
-    rate = USE * SHEETS["H100"]
-    wanted = ", ".join(f"{k} {rate / flops:,.0f}" for k, flops in work.items())
+    rate, shape = USE * SHEETS["H100"], [data.size] * 3
+    wanted = ", ".join(f"{k} {rate / m.flops(shape):,.0f}" for k, m in models.items())
     print(f"an H100 at {rate / 1e12:.0f} TFLOP/s would take, samples/s: {wanted}")
 
 

@@ -99,6 +99,9 @@ def test_a_log_drops_what_comes_after_the_checkpoint_and_a_line_cut_short(tmp_pa
     assert [(row["step"], row["loss"]) for row in read_log(path)] == [(10, 10), (20, 20), (30, -1)]
     Log(path)
     assert read_log(path) == []
+    for odd in ("5", "{}", '{"step": null}', "\xff"):
+        path.write_text(rows[0] + odd + "\n" + rows[1], "latin-1")
+        assert read_log(path) == [{"step": 10, "loss": 10}]
 
 
 def test_checkpoints_that_are_none(tmp_path):

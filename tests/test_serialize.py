@@ -397,6 +397,9 @@ def test_an_array_that_was_cut_short_is_named(tmp_path):
         harm()
         with pytest.raises(BadInput, match=words):
             read_index(tmp_path / "c")
+    np.savez(tmp_path / "a.npz", np.zeros((8, 8, 8), np.int16))
+    with pytest.raises(BadInput, match=r"a\.npz: unreadable"):
+        serialize.open_array(str(tmp_path / "a.npz"), (8, 8, 8))
 
 
 def test_rank_0_finds_the_corpus_for_all(tmp_path, monkeypatch):
