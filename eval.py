@@ -950,6 +950,8 @@ def read_run(folder, args):
         else:
             metric, value, dice, seed = "AUC", m["test"]["auc"]["value"], {}, m["seed"]
             cases, scores = read_scores(folder / "scores.csv")
+        if value is None:
+            raise BadInput(f"its {metric} is undefined: a class that no case has")
         run = {"seed": seed, "value": float(value), "dice": dice, "cases": cases, "scores": scores}
         run |= {"task": f"{task}, {metric}", "name": f"{init}, {labels}"}
         settings = {f"{k} {v}" for k, v in args.items() if k not in ASIDE}

@@ -715,16 +715,19 @@ def test_table_lists_what_it_leaves_out(tabled, tmp_path):
     (tmp_path / "e/metrics.json").write_text('{"mean_dice": 0.')
     write_json(tmp_path / "f/metrics.json", {"other": 1})
     write_json(tmp_path / "g/args.json", {"volume": 64, "init": None})  # pre-training: no row
+    cls_run(tmp_path / "k", np.ones(4, int), np.ones(4), 0)
+    write_json(tmp_path / "k/metrics.json", {"seed": 0, "test": {"auc": {"value": None}}})
     said, rows, (test,) = tabled()
     assert [(r["labels"], r["runs"]) for r in rows] == [("0.1", "2"), ("1", "1"), ("1", "1")]
     assert said.count("runs of amos, 0.1, Dice, scratch differ: lr 0.3\n") == 1
     assert test["n"] == "no seed or no cases in common"
     lines = [line for line in said.splitlines() if line.startswith("not in the table")]
-    for name, line in zip("def", lines, strict=True):
+    for name, line in zip("defk", lines, strict=True):
         assert str(tmp_path / name) in line
     assert "metrics.json: cannot be read as JSON (No such file" in lines[0]
     assert "cannot be read as JSON" in lines[1]
     assert "not as the fine-tuning scripts write it" in lines[2]
+    assert "AUC is undefined" in lines[3]
     with pytest.raises(BadInput, match="(?s)no finished fine-tuning run.*No such file"):
         tabled(tmp_path / "d")
     with pytest.raises(BadInput, match="gone: no such folder"):
