@@ -353,8 +353,8 @@ class Machine:
         return [shares[i % self.world][i // self.world] for i in range(len(items))]
 
     def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+        if self.world > 1:  # NCCL, where no device is named, takes rank % the node's GPUs
+            dist.barrier(device_ids=[self.device.index] if self.cuda else None)
 
 
 def setup(args):
@@ -387,6 +387,7 @@ def setup(args):
             )
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # convolutions too: its default is True
+        torch.backends.cuda.matmul.allow_tf32 = False  # an environment variable can turn it on
     keep_freed_memory()
     wants_bf16 = args.dtype == "bf16" or args.dtype == "auto" and multiplies_bf16(device)
     if world > 1 and not dist.is_initialized():

@@ -460,7 +460,14 @@ def checkpoint_state(model):
 
 # ---- measuring -------------------------------------------------------------------------------
 
-SHEETS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, FLOP/s
+SHEETS = {  # FLOP/s, dense bf16; the first name that the GPU's own holds
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
 USE = 0.4  # of that rate: what a step is hoped to reach; no GPU has been timed
 
 

@@ -525,6 +525,7 @@ def kmeans(patches, args, machine):
         centres = patches[error.topk(args.codes).indices]  # stay where there is nothing to average
         rows = index[:, None].expand_as(patches)
         centres.scatter_reduce_(0, rows, patches, "mean", include_self=False)
+    machine.sum(centres if machine.main else centres.zero_())  # GPUs' sums differ: rank 0's
     return rebuild
 
 

@@ -40,6 +40,8 @@ def hindrance(device):
     """What keeps Triton from running on `device`, or None."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"Triton's kernels need a CUDA device, and this is {device.type}"
+    if torch.version.hip:
+        return "the kernels' tiles are for NVIDIA's GPUs, and this PyTorch is for AMD's"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0"
     if os.environ.get("TRITON_INTERPRET") == "1":

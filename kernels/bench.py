@@ -73,6 +73,7 @@ HOUR = {  # --first-hour
     "tiles": "-m kernels.bench --part tiles --out kernels/results/tiles",
     "steps without the loader": "pretrain.py --bench",
     "steps with the loader": "pretrain.py --val-samples 8 --out out/first-hour --steps",
+    "their log": "-c print(open('out/first-hour/log.jsonl').read())",
 }
 
 # ---- arguments -------------------------------------------------------------------------------

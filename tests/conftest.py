@@ -15,6 +15,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ and not {"-m", "gpu"} <= {*sys.argv}:
 
 import torch
 
+torch.backends.cuda.matmul.allow_tf32 = False  # as setup has it
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
