@@ -1269,13 +1269,15 @@ def cut(array, start, shape):
 
 
 def resize(crop, shape):
-    """int16 [x, y, z] -> int16 of `shape`, trilinear: a product along each axis that changes."""
+    """int16 [x, y, z] -> int16 of `shape`, trilinear, by axis: a product is faster on short ones."""
     if crop.shape == tuple(shape):
         return crop
     volume = crop.float()
     for axis, (n, m) in enumerate(zip(crop.shape, shape)):
         if n != m:
-            volume = (volume.movedim(axis, -1) @ linear_weights(n, m)).movedim(-1, axis)
+            v = volume.movedim(axis, -1)
+            v = F.interpolate(v, m, mode="linear") if n > 32 else v @ linear_weights(n, m)
+            volume = v.movedim(-1, axis)
     return volume.round_().short()
 
 
