@@ -115,6 +115,7 @@ def parser():
     add = p.add_argument_group("model").add_argument
     add("--init", metavar="FILE", help="weights: a checkpoint, or the published file")
     add("--size", choices=[*SIZES], help="published: base (the default; nano without CUDA)")
+    add("--patch", type=int, help="edge in voxels (default 16; nano 8)")
     words = "published: pixel, standardised patches; vq: the codes of a tokenizer"
     add("--target", choices=["pixel", "vq"], default="pixel", help=words)
     words = "of tokenize_vq.py, for vq (default out/vq/ckpt.pt); kept in this run's checkpoints"
@@ -135,6 +136,7 @@ def parser():
     add("--lr", type=float, help="peak learning rate (published 1e-4; nano 3e-3)")
     add("--bench", action="store_true", help="time steps on random voxels and leave")
     add("--plan", metavar="8xH100", help="hours, memory and bytes of the run on them, and leave")
+    add("--scans", type=int, help="of --plan: steps as of a corpus of so many CTs")
     training_flags(p, "out/pretrain", "500; nano 50", compiled=True)
     return p
 
@@ -149,6 +151,7 @@ def settle(args, machine):
             )
     fill(args, RECIPES["nano" if args.size == "nano" else "published"])
     fill(args, {"compile": not hindrance(machine.device), "workers": 8 if machine.cuda else 0})
+    fill(args, {"patch": SIZES[args.size]["patch"]})
     check_least(args)
     if args.tokenizer and args.target == "pixel":
         raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq predicts codes")
@@ -244,7 +247,7 @@ def main():
     # the machine, the model
     machine = setup(args)
     settle(args, machine)
-    config = Config(**SIZES[args.size], order=args.order)
+    config = Config(**SIZES[args.size] | {"patch": args.patch}, order=args.order)
     tokenizer = find_tokenizer(args, config.patch, state, machine)
     if tokenizer is not None:
         config = replace(config, target="vq", codes=tokenizer.config.codes)
@@ -341,7 +344,7 @@ def start_from(path, fresh, tokenizer, machine):
         have, want = getattr(model.config, name), getattr(config, name)
         if have != want:
             raise BadInput(
-                f"--init {path}: its {name} is {have}, not {want}: choose another --size"
+                f"--init {path}: its {name} is {have}, not {want}: choose another --size, --patch"
             )
     codes = load_checkpoint(path).get("tokenizer", {}).get("model", {}).get("quantiser.codes")
     if config.target == "vq":
@@ -625,6 +628,8 @@ def plan(model, G, args, machine):
     if not count.isdecimal() or not int(count) or kind not in SHEETS:
         raise BadInput(f"--plan {args.plan}: a number and a kind, {', '.join(SHEETS)}: 8xH100")
     count, supply = int(count), None
+    if args.scans:
+        fill(args, {"steps": round(EPOCHS * PUBLISHED["spatial"] * args.scans / args.batch)})
     if args.steps is None or args.data:
         data, _ = train_and_val(args, machine)
         fill(args, {"steps": steps_of(data, args)})
@@ -646,7 +651,8 @@ def plan(model, G, args, machine):
         f"loader      {2 * args.volume**3 * sequences / 1e9:8.1f} GB/s and {sequences:.0f} "
         f"sequences/s a GPU at that pace"
         + (f"; a core here draws {supply:.0f}/s (measured)" if supply else "")
-        + f"\nall-reduce  {reduced / 1e9:8.1f} GB/s a GPU, beside the backward pass"
+        + f"\nall-reduce  {reduced / 1e9:8.1f} GB/s a GPU, beside the backward pass (counted; data "
+        "sheets: NVLink 300 and more, eight adapters of 400 Gbit/s a node 50)"
     )
     if supply:
         cores = sequences * count / supply
@@ -659,7 +665,7 @@ def bench(model, net, encode, optimiser, G, args, machine):
     volume, ranges = random_scans(args.micro, args.volume, machine.device)
     batch = {"volume": volume, "ranges": ranges}
     rate = matmul_rate(machine)
-    runs, skip = (25, 5) if machine.cuda else (5, 2)
+    runs, skip = (205, 5) if machine.cuda else (5, 2)
 
     def step(n):
         train_step(net, iter([batch]), encode, n, G, args, machine)

@@ -69,6 +69,7 @@ Row = namedtuple("Row", "part rival n what ms p20 p80 tflops")
 
 HOUR = {  # --first-hour
     "gpu tests": "-m pytest -q -m gpu tests",
+    "machine code": "-m pytest -q -k spill tests/test_kernels.py",
     "kernels and rivals": "-m kernels.bench",
     "tiles": "-m kernels.bench --part tiles --out kernels/results/tiles",
     "steps without the loader": "pretrain.py --bench",

@@ -300,8 +300,9 @@ def test_triton_trains_the_same_model(script, tmp_path):
 
 
 def test_bench_prints_what_it_should(script):
-    done = script("pretrain.py", "--size", "nano", "--volume", 32, "--micro", 1, "--bench")
-    for words in ("matrix rate", "model FLOP", "peak memory", "tokens/s"):
+    flags = "--size nano --volume 32 --patch 4 --micro 1 --bench"
+    done = script("pretrain.py", *flags.split())
+    for words in ("1 x 32³, 512 tokens", "matrix rate", "model FLOP", "peak memory", "tokens/s"):
         assert re.search(words, done.stdout)
 
 
@@ -328,6 +329,9 @@ def test_a_plan_counts_what_a_run_would_take(args, capsys):
         pretrain.check_memory(model, 512, args, 1 << 30)
     args.recompute = True
     assert (pretrain.memory_of(model, 512, args, 72) - weights) / 2**30 < 4
+    args.steps, args.scans = None, 2304
+    pretrain.plan(model, 512, args, setup(args))  # 50 epochs of 50 crops a scan, by 288
+    assert "20,000 steps of 288 sequences" in capsys.readouterr().out
     for wrong in ("H100", "8xV100", "0xH100"):
         args.plan = wrong
         with pytest.raises(BadInput, match=f"--plan {wrong}: a number and a kind"):
