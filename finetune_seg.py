@@ -203,7 +203,7 @@ def parser():
     add("--task", help=f"{', '.join(TASKS)}, or a name of your own with --data")
     add("--data", metavar="DIR", help="in the Decathlon layout (default: data/TASK)")
     add("--classes", nargs="+", help="labels 1, 2, … (default: the task's, or dataset.json's)")
-    add("--range", nargs="+", help="LOW HIGH, zscore, percentiles (la: +0.08) (default: the task's)")
+    add("--range", nargs="+", help="LOW HIGH, zscore, percentiles (la: +0.08) (default: the task)")
     add("--spacing", nargs=3, type=float, metavar="MM", help="(default: the task's; nano 4.5)")
     size_flag(add)
     add("--labels", default="1", help="share of the training cases, or a list of names (default 1)")

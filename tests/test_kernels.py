@@ -3,8 +3,8 @@
 Without a GPU they run under Triton's interpreter, whose dot is wrong for bfloat16 without saying
 so: hence float32 and float16 here, bfloat16 on a GPU.
 
-    python -m pytest tests/test_kernels.py -k spills -s          # registers, spills, shared memory
-    python -m pytest tests/test_kernels.py -k spills -s --slow   # of every tile that is shipped
+    python -m pytest tests/test_kernels.py -k spill -s           # registers, spills, shared memory
+    python -m pytest tests/test_kernels.py -k spill -s --slow   # of every tile that is shipped
 """
 
 import importlib
