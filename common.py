@@ -273,7 +273,7 @@ def fill(args, recipe):
 
 
 LEAST = {"lr": 1e-12, "layer_decay": 1e-12, "workers": 0, "save_every": 0}
-COUNTS = "batch micro steps patch stride stop_after log_every val_every val_samples"
+COUNTS = "batch micro steps scans patch stride stop_after log_every val_every val_samples"
 LEAST |= dict.fromkeys(COUNTS.split(), 1)
 
 
@@ -489,12 +489,15 @@ SAVED = {
 SAVED["optimiser"] = {"state": dict, "param_groups": [dict]}
 
 
-def resumed(parser, args, out, format):
-    """With --resume and a checkpoint in `out`: that run's arguments and its state, else as given.
+def resumed(parser, format, out=""):
+    """With --resume and a checkpoint in --out: that run's arguments and its state, else as given.
 
-    A flag that this call gives and that is not FREE must have the run's value.
+    out: the default of --out, {task} in it being --task. A flag that this call gives and that is
+    not FREE must have the run's value.
     """
-    path = Path(out) / "ckpt.pt"
+    args = parser.parse_args()
+    fill(args, {"out": out.format(**vars(args))})
+    path = Path(args.out) / "ckpt.pt"
     # torchrun --max-restarts: what it starts again goes on
     args.resume = args.resume or told("TORCHELASTIC_RESTART_COUNT") > 0
     if not args.resume or not path.exists():
@@ -515,7 +518,7 @@ def resumed(parser, args, out, format):
                 f"--{k.replace('_', '-')} {v}: the run to resume has {saved[k]}; leave the flag "
                 "out, or start a new run in another --out"
             )
-    args = argparse.Namespace(**{**vars(args), **saved, **given, "out": str(out)})
+    args = argparse.Namespace(**{**vars(args), **saved, **given, "out": args.out})
     return with_asked(args), state | {"path": path}
 
 

@@ -102,7 +102,6 @@ from finetune_seg import (
     parse_range,
     plain,
     prepare,
-    prepare_labels,
     range_of_case,
     read_case,
     sliding_window,
@@ -383,9 +382,9 @@ def score_one(case, segment, setting, args, out):
     mapped = range_of_case(case, setting["intensity_range"], mr_after)
     labels, image, geometry = segment(scan, mapped)
     labels = labels.numpy()
-    ras, spacing, truth = scan[1], geometry["spacing"], prepare_labels(target, geometry)
+    ras, spacing, coarse = scan[1], geometry["spacing"], nearest(target, geometry["resampled"])
+    truth, whole = coarse[boxed(geometry["box"])], uncut(labels, geometry)
     draw_overlay(out / f"{name}.png", image, truth, labels, classes, spacing, name)
-    whole, coarse = uncut(labels, geometry), nearest(target, geometry["resampled"])
     fine, sizes = smooth(whole, geometry["shape"]), nib.affines.voxel_sizes(ras)
     # on the resampled grid, what the cut to the foreground leaves out counts as missed
     grids = {"own": (fine, target, sizes), "resampled": (whole, coarse, spacing)}
@@ -510,8 +509,9 @@ def predict_scan(scan, target, segment, setting, args):
         shares = resampled_shares(shares, geometry, own)
         save_like(scan, f"{target}.probabilities.nii.gz", shares, affine, 1 / 255)
     if args.overlay:
-        shown = image, None, prediction, classes, geometry["spacing"], scan.name
-        draw_overlay(f"{target}.png", *shown)
+        draw_overlay(
+            f"{target}.png", image, None, prediction, classes, geometry["spacing"], scan.name
+        )
     sizes = np.bincount(labels.flat, minlength=len(classes) + 1) * abs(np.linalg.det(ras)) / 1000
     volumes = dict(zip(classes, sizes[1:].round(3).tolist()))
     return {"scan": str(scan), "range": mapped, "volume_ml": volumes}
@@ -727,9 +727,8 @@ def probe_target(title, classes, items, encode, patch, k):
     if not all(y[parts == part].any() for part in (FIT, HELD, TEST)):
         raise BadInput(f"{title}: nothing but {classes[0]} to fit, tune or score a probe")
     for name, values in tqdm(features.items(), f"{title}: fits", leave=False):
-        scores = probe_scores(torch.cat(values), y, parts, len(classes), k)
         row = {"target": title, "features": name, "scored": int((parts == TEST).sum())}
-        rows += [row | of for of in scores]
+        rows += [row | of for of in probe_scores(torch.cat(values), y, parts, len(classes), k)]
     return rows
 
 
@@ -803,10 +802,10 @@ def pretrain(args, out):
     args.data = find_corpus(machine, args.data, run.get("data"))
     fill(args, {"volume": 128, "stride": 8, **run})
     data = Sequences(args.data, "val", args.volume, c.images, args.stride, seed=args.seed)
-    n, G, batches = len(data.kinds), (args.volume // c.patch) ** 3, []
+    n, G = len(data.kinds), (args.volume // c.patch) ** 3
     samples = [data[i] for i in range(args.samples * n)]  # the kinds in turn
-    for b in DataLoader(samples, n * max(1, args.completions)):
-        batches.append(to_device(b, machine.device))
+    loader = DataLoader(samples, n * max(1, args.completions))
+    batches = [to_device(b, machine.device) for b in loader]
     machine.say(f"{', '.join(args.data)}: {args.samples} sequences of each kind, {G} patches")
     rows, curves, strips = [], {}, defaultdict(dict)
     for e in tqdm(QUARTERS, desc="next patch", leave=False):
@@ -893,8 +892,7 @@ def table(args, out):
             classes.append({**row, "class": name, **spread([r["dice"].get(name) for r in of])})
     for a, b in combinations(cells, 2):
         if a[:3] == b[:3]:
-            pair = paired(cells[a], cells[b], args.seed)
-            tests.append({**dict(zip(CELL, a)), "B": b[3], **pair})
+            tests.append({**dict(zip(CELL, a)), "B": b[3], **paired(cells[a], cells[b], args.seed)})
     draw_boxes(out / "table.png", runs, "{task}", "{name}", ["value"])
     tables = [text_table(t) for t in (rows, tests, classes) if t]
     write_text(out / "table.md", "\n\n".join([*tables, NOTE, *notes]))
@@ -945,21 +943,22 @@ def read_run(folder, args):
             labels = f"{float(labels):g}"
         init += ", frozen" * args["freeze"]
         if "mean_dice" in m:
-            metric, value, dice, seed = "Dice", m["mean_dice"], m["dice"], args["seed"]
+            metric, value, dice = "Dice", m["mean_dice"], m["dice"]
             cases, scores = [*m["cases"]], np.array([*m["cases"].values()], float)
         else:
-            metric, value, dice, seed = "AUC", m["test"]["auc"]["value"], {}, m["seed"]
+            metric, value, dice = "AUC", m["test"]["auc"]["value"], {}
             cases, scores = read_scores(folder / "scores.csv")
         if value is None:
             raise BadInput(f"its {metric} is undefined: a class that no case has")
-        run = {"seed": seed, "value": float(value), "dice": dice, "cases": cases, "scores": scores}
-        run |= {"task": f"{task}, {metric}", "name": f"{init}, {labels}"}
+        run = {"seed": args["seed"], "value": float(value), "dice": dice, "cases": cases}
+        run |= {"scores": scores, "task": f"{task}, {metric}", "name": f"{init}, {labels}"}
         settings = {f"{k} {v}" for k, v in args.items() if k not in ASIDE}
         run |= {"cell": (task, labels, metric, init), "settings": settings}
         path, runs, rows = folder / "eval-seg", [run], []
         if (path / "metrics.json").exists():
             how = read_json(path / "metrics.json", "the scores of eval.py seg")["args"]
-            if (how["split"], Path(how["ckpt"]).name) == ("val", "ckpt.pt"):
+            of = how["split"], Path(how["ckpt"]).name, how.get("task", task)
+            if of == ("val", "ckpt.pt", task):
                 if how.get("step", m["step"]) != m["step"]:
                     raise BadInput("eval-seg is of an earlier step: run eval.py seg again")
                 rows = read_table(path / "cases.csv")
@@ -973,12 +972,12 @@ def read_run(folder, args):
             scores = [float(r[name] or "nan") for r in rows]  # by case, then class
             own["scores"] = np.reshape(scores, (len(own["cases"]), -1))
             own["cell"] = task, labels, f"{name}, own grid", init
-            own |= {"value": float(value_of(own, slice(None))), "task": f"{task}, {name}"}
+            own |= {"value": plain(value_of(own, slice(None))), "task": f"{task}, {name}"}
             runs.append(run | own)
         return runs
+    except BadInput:
+        raise
     except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, BadInput):
-            raise
         raise BadInput(
             "metrics.json or args.json is not as the fine-tuning scripts write it "
             f"({type(e).__name__}: {e})"
@@ -1023,8 +1022,8 @@ def paired(a_runs, b_runs, seed):
             of[a["seed"]].append(value_of(b, at) - value_of(a, at))
         return np.array([np.mean(v) for v in of.values()])
 
-    each, n = differences(np.arange(len(groups))), len({a["seed"] for a, _ in pairs})
-    mean = each.mean()
+    each = differences(np.arange(len(groups)))
+    mean, n = each.mean(), len(each)
     low, high = interval([differences(at).mean() for at in resampled(groups, DRAWS, seed)])
     if n > 1 and low is not None:
         wide = student.ppf(0.975, n - 1) * each.std(ddof=1) / n**0.5

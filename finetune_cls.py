@@ -19,7 +19,7 @@ B batch, X Y Z voxels, G patches, C width, K classes, N cases.
 
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -64,6 +64,7 @@ from model import (
     SIZES,
     Config,
     Model,
+    checkpoint_state,
     choose_kernels,
     config_of,
     fit,
@@ -186,7 +187,7 @@ def settle(args, state, machine):
         set_largest(str(args.largest))
     check_least(args)
     low, high = args.range or (0, 1)
-    if low >= high:
+    if not low < high:
         raise BadInput(f"--range {low:g} {high:g}: LOW must be below HIGH")
     grid_of(args.volume, config.patch)
     split_batch(args, machine, 16)
@@ -214,10 +215,7 @@ def train_step(net, samples, weights, args, machine):
 
 
 def main():
-    p = parser()
-    args = p.parse_args()
-    fill(args, {"out": f"out/cls-{args.task}"})
-    args, state = resumed(p, args, args.out, CLASSIFIER)
+    args, state = resumed(parser(), CLASSIFIER, "out/cls-{task}")
     out = Path(args.out)
     machine = setup(args)
     task, encoder = settle(args, state, machine)
@@ -228,8 +226,8 @@ def main():
     cases, classes = list_cases(task, args.data, args.lists, args.patient, machine)
     cases, skipped = prepare_all(cases, args.volume, args.range, machine)
     train, val, test = ([c for c in cases if c["split"] == s] for s in SPLITS)
-    K, patients, labels = len(classes), column(train, "patient"), column(train, "label")
-    chosen = label_subset(patients, args.labels, args.seed, labels)
+    K = len(classes)
+    chosen = label_subset(column(train, "patient"), args.labels, args.seed, column(train, "label"))
     train = [c for c in train if c["patient"] in chosen]
     counts = np.bincount(column(train, "label"), minlength=K)
     if not counts.all():
@@ -253,17 +251,15 @@ def main():
     optimiser = torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)
     if state:
         fit(model, state["model"], out / "ckpt.pt")
-    start = [-1.0, -float("inf"), 0]  # AUC, −loss, step
-    first, best, owes = restored(state, optimiser, start)
+    # best: AUC, −loss, step
+    first, best, owes = restored(state, optimiser, [-1.0, -np.inf, 0])
     log = open_run(out, args, machine, state)
     if machine.main:
         write_table(out / "skipped.csv", ["file", "split", "reason"], skipped)
 
     def save(name, **more):
-        more |= {"format": CLASSIFIER, "config": asdict(encoder.config)}
-        more |= {"model": model.state_dict(), "classes": classes, "args": vars(args)}
-        more |= {"cases": drawn}
-        log.save(name, **more)
+        more |= {"classes": classes, "args": vars(args), "cases": drawn}
+        log.save(name, **checkpoint_state(model, CLASSIFIER), **more)
 
     def validate_at(step):
         nonlocal best
@@ -449,14 +445,7 @@ def column(cases, key):
 # percentiles), and whose recipe it follows.
 FIELDS = ("listed", "classes", "volume", "nano", "range", "recipe")
 ROWS = {
-    "nodule": (
-        listed_in_npz,
-        ["benign", "malignant"],
-        [128] * 3,
-        [32] * 3,
-        [0, 255],
-        "nodule",
-    ),
+    "nodule": (listed_in_npz, ["benign", "malignant"], [128] * 3, [32] * 3, [0, 255], "nodule"),
     "ricord": (
         listed_in_lists,
         ["no COVID", "COVID"],
@@ -597,7 +586,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, pool="mean"):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.config = encoder, encoder.config
         self.score = nn.Linear(encoder.config.width, classes, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
         self.attend = nn.Linear(encoder.config.width, 1, bias=False)
@@ -619,8 +608,7 @@ def load_classifier(path):
     encoder = Model(config_of(Config, state, path))
     make = lambda _: Classifier(encoder, len(state["classes"]), state["args"]["pool"])
     net = read_named(path, make)
-    fit(net, state["model"], path)
-    return net, state
+    return fit(net, state["model"], path), state
 
 
 @torch.no_grad()
@@ -809,8 +797,8 @@ def score_split(net, parts, split, classes, out, machine, seed, **facts):
     """Score the prepared cases parts[split], once, with the thresholds of parts["val"].
 
     Prints the scores and writes scores.csv (both splits), roc.png, confusion.png, cases.png and at
-    last metrics.json under `out`. Returns the metrics: `facts` and what is known here, the scores
-    {metric: {value, low, high}} under the name of the split. All ranks must call it.
+    last metrics.json under `out`: `facts` and what is known here, the scores {metric: {value, low,
+    high}} under the name of the split. All ranks must call it.
     """
     scored = {s: predict_probs(net, parts[s], machine) for s in ("val", split)}
     labels, probs = scored[split]
@@ -828,7 +816,7 @@ def score_split(net, parts, split, classes, out, machine, seed, **facts):
         "auc_each": of_each(auc, labels, probs),
     }
     if not machine.main:
-        return metrics
+        return
     print(f"{split}: {len(probs)} cases of {len(set(patients))} patients, 95 % intervals over them")
     for name, score in scores.items():
         print(f"{name.replace('_', ' '):>26}  {text_of(score)}")
@@ -844,7 +832,6 @@ def score_split(net, parts, split, classes, out, machine, seed, **facts):
     draw_cases(out / "cases.png", parts[split], probs, classes)
     write_json(out / "metrics.json", metrics)  # last: its presence says that a run is done
     print(f"wrote metrics.json, scores.csv, roc.png, confusion.png and cases.png in {out}")
-    return metrics
 
 
 # ---- pictures --------------------------------------------------------------------------------

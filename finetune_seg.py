@@ -24,7 +24,7 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +70,7 @@ from kernels import hindrance
 from model import (
     Config,
     Model,
+    checkpoint_state,
     choose_kernels,
     config_of,
     fit,
@@ -77,6 +78,7 @@ from model import (
     layer_decay_groups,
     new_encoder,
     untrained,
+    weights_of,
 )
 from phantom import write_phantom
 from serialize import (
@@ -167,8 +169,14 @@ def task_of(source, classes, intensity_range, spacing, **more):
     percentiles, zscore), spacing in mm (None: as it is); more: what departs from PUBLISHED, and
     mr_after: cases of a higher number are MR, mapped by percentiles.
     """
-    row = {"source": source, "range": intensity_range, "spacing": spacing, "mr_after": None}
-    return {"classes": classes and classes.split(", "), **row, **more}
+    return {
+        "classes": classes and classes.split(", "),
+        "source": source,
+        "range": intensity_range,
+        "spacing": spacing,
+        "mr_after": None,
+        **more,
+    }
 
 
 HALF = {"epochs": 500, "warmup": 0.1, "vals": 10}  # warm-up and intervals as of 1000
@@ -300,10 +308,7 @@ def train_step(net, samples, args, machine):
 
 
 def main():
-    p = parser()
-    args = p.parse_args()
-    fill(args, {"out": f"out/seg-{args.task}"})
-    args, state = resumed(p, args, args.out, SEGMENTER)
+    args, state = resumed(parser(), SEGMENTER, "out/seg-{task}")
     out = Path(args.out)
     machine = setup(args)
     torch.backends.cudnn.benchmark = machine.cuda  # crops and windows have one shape
@@ -342,8 +347,7 @@ def main():
         write_table(out / "skipped.csv", ("case", "split", "reason"), failed)
 
     def save(name, **more):
-        more |= {"format": SEGMENTER, "config": asdict(model.encoder.config)}
-        log.save(name, **more, setting=setting, model=model.state_dict())
+        log.save(name, **checkpoint_state(model, SEGMENTER), **more, setting=setting)
 
     def validate_at(step):
         nonlocal best, dice
@@ -395,7 +399,7 @@ def build(args, state, setting, machine):
         machine.say(f"--roi {roi}: less than 4 patches, where bf16 fails on CPUs: float32")
     model = Segmenter(encoder, len(setting["classes"]) + 1, setting["features"], args.decoder)
     choose_kernels(encoder, args, machine)
-    weights = sum(w.numel() for w in model.parameters()) / 1e6
+    weights = weights_of(model) / 1e6
     machine.say(
         f"--init {args.init}: {encoder.config.layers} layers, width {encoder.config.width}"
         f"{' (frozen)' if args.freeze else ''}; with its decoder {weights:.1f} M parameters, "
@@ -595,11 +599,6 @@ def nearest(labels, shape):
     return labels[np.ix_(*index)]
 
 
-def prepare_labels(labels, geometry):
-    """Labels on the scan's RAS+ grid -> the prepared one."""
-    return nearest(labels, geometry["resampled"])[boxed(geometry["box"])]
-
-
 def uncut(volume, geometry):
     """An array on the prepared grid -> uint8 on the resampled one, with zeros around."""
     whole = np.zeros(geometry["resampled"], np.uint8)
@@ -662,7 +661,7 @@ def prepare_all(cases, setting, machine):
         intensity_range = range_of_case(c, setting["intensity_range"], setting["mr_after"])
         how = [len(setting["classes"]) + 1, setting["spacing"], intensity_range]
         key = repr((VERSION, files, stamp_of(files), how))
-        path = f"{folder / c['id'].replace('/', '_')[:80]}-{digest(key, 6)}"
+        path = f"{folder / c['id'].replace('/', '_')[:40]}-{digest(key, 6)}"
         jobs.append(c | {"path": path, "how": how})
     machine.say(f"{len(jobs)} cases; prepared scans are kept in {folder}")
     failed, usable = [], {"train": [], "val": []}
@@ -697,7 +696,8 @@ def store(case, K, spacing, intensity_range):
     """Write the arrays of a case: its geometry, and by class the voxels listed and cut off."""
     *scan, labels = read_case(case, K)
     image, geometry = prepare(*scan, spacing, intensity_range)
-    label = prepare_labels(labels, geometry)
+    whole = nearest(labels, geometry["resampled"])
+    label = whole[boxed(geometry["box"])]  # a view
     rng, voxels = default_rng(0), []
     for k in range(1, K):
         at = np.argwhere(label == k).astype(np.int16)
@@ -707,8 +707,7 @@ def store(case, K, spacing, intensity_range):
     for name, array in ("image", image), ("label", label), ("voxels", np.concatenate(voxels)):
         with write_beside(f"{case['path']}.{name}.npy") as tmp:
             np.save(tmp, array)
-    whole = nearest(labels, geometry["resampled"])
-    whole[boxed(geometry["box"])] = 0
+    label[:] = 0
     outside = np.bincount(whole.reshape(-1), minlength=K).tolist()
     return {"geometry": geometry, "voxels": [len(v) for v in voxels], "outside": outside}
 
@@ -932,7 +931,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder, classes, features=FEATURES, decoder="unetr"):
         super().__init__()
-        c, self.encoder = encoder.config, encoder
+        c = self.config = encoder.config
+        self.encoder = encoder
         if c.patch not in (2, 4, 8, 16):
             raise BadInput(f"patch {c.patch}: decoders double the grid, they take 2, 4, 8 or 16")
         self.decoder = DECODERS[decoder](c.width, c.patch, classes, features)
@@ -959,8 +959,7 @@ def load_segmenter(path):
         raise BadInput(f"{path}: its setting is {setting}, which should be like {SETTING}")
     shape = len(setting["classes"]) + 1, setting["features"], setting["decoder"]
     net = read_named(path, lambda _: Segmenter(encoder, *shape))
-    fit(net, state["model"], path)
-    return net, setting | {"step": state.get("step")}
+    return fit(net, state["model"], path), setting | {"step": state.get("step")}
 
 
 # ---- loss ------------------------------------------------------------------------------------
@@ -1059,12 +1058,16 @@ def evaluate(model, cases, setting, machine):
     """Dice [cases, K − 1], ranks sharing the work, and rank 0's prediction of the first case."""
     K, mine = len(setting["classes"]) + 1, range(machine.rank, len(cases), machine.world)
     counts, first = torch.zeros(len(cases), K, 3, dtype=torch.int64), None
-    roi, overlap = setting["roi"], setting["overlap"]
     for i in tqdm(mine, desc="validation", leave=False, disable=not machine.main):
         image, target = (torch.tensor(opened(cases[i], a)) for a in ("image", "label"))
         with machine.autocast():
             prediction = sliding_window(
-                model, image, roi, overlap, device=machine.device, finish=labels_of
+                model,
+                image,
+                setting["roi"],
+                setting["overlap"],
+                device=machine.device,
+                finish=labels_of,
             )
         counts[i] = overlap_counts(prediction, target, K)
         counts[i, :, 2] += torch.tensor(cases[i]["outside"])

@@ -12,6 +12,7 @@ B batch, X Y Z voxels, P patch edge, G patches of a volume, N tokens, C width, H
 head, L layers, K codes, S sub-images of a sequence, laid side by side along z.
 """
 
+import math
 import re
 import sys
 import time
@@ -54,6 +55,8 @@ class Config:
     def __post_init__(self):
         if self.width % self.heads or self.width < 6:
             raise BadInput(f"width {self.width}: a multiple of heads {self.heads}, 6 or more")
+        if not 2 <= self.patch <= 32:
+            raise BadInput(f"patch {self.patch}: 2 to 32 voxels")
         if self.order not in ("raster", "image"):
             raise BadInput(f"order {self.order!r}: raster or image")
         if self.target not in ("pixel", "vq"):
@@ -208,10 +211,12 @@ class Model(nn.Module):
         grid = grid_of(volume.shape[1:], self.config.patch)
         return grid, token_order(grid, self.config.images, self.config.order, volume.device)
 
-    def sequence(self, volume, ranges=None):
-        """[B, X, Y, Z] (with ranges: any numbers) -> patches in order [B, G, P³], grid, order."""
+    def sequence(self, volume, ranges=None, ops=plain):
+        """[B, X, Y, Z] (with ranges: any numbers) -> what `ops.read` gives (plain: the patches in
+        order [B, G, P³]), grid, order.
+        """
         grid, order = self.layout(volume)
-        return plain.read(volume, ranges, self.config.patch, order), grid, order
+        return ops.read(volume, ranges, self.config.patch, order), grid, order
 
     def tokens(self, source, grid, order=None, count=None, ops=plain):
         """The first `count` patches that `ops.read` gave -> [B, 1 + count, C], begin first."""
@@ -230,9 +235,8 @@ class Model(nn.Module):
         pred [B, G, K].
         The last patch predicts nothing, so G tokens (begin and G−1 patches) are all that is needed.
         """
-        grid, order = self.layout(volume)
-        source = self.ops.read(volume, ranges, self.config.patch, order)
-        G = grid[0] * grid[1] * grid[2]
+        source, grid, order = self.sequence(volume, ranges, self.ops)
+        G = math.prod(grid)
         x = self.tokens(source, grid, order, G - 1, self.ops)  # [B, G, C]
         for block in self.blocks:
             if self.recompute:
@@ -291,9 +295,8 @@ class Model(nn.Module):
 
         Attention counts visible pairs only, for a prefix length (None: the mean over the draw).
         """
-        c, G = self.config, 1
-        for n in grid_of(shape, c.patch):
-            G *= n
+        c = self.config
+        G = math.prod(grid_of(shape, c.patch))
         ahead = (G * G - 1) / 6 if prefix is None else prefix * (prefix + 1) / 2  # of the diagonal
         pairs = G * (G + 1) / 2 + ahead
         embed, head = 2 * c.patch**3 * c.width * G, 2 * c.outputs * c.width * G
@@ -368,13 +371,11 @@ def load_pretrained(path, heads=None):
             "weights (state_dict with model.embed_tokens.weight); its keys are "
             f"{', '.join(map(str, list(state)[:6]))}"
         )
-    model = Model(config)
-    fit(model, weights, path)
-    return model
+    return fit(Model(config), weights, path)
 
 
 def fit(net, weights, path):
-    """load_state_dict, strict, with one line for what does not fit or is not finite."""
+    """load_state_dict, strict, with one line for what does not fit or is not finite: the net."""
     want = {k: kind_of(v) for k, v in net.state_dict().items()}
     have = {k: kind_of(v) for k, v in weights.items()}
     wrong = []
@@ -389,6 +390,7 @@ def fit(net, weights, path):
     if broken:
         raise BadInput(f"{path}: {len(broken)} weights are NaN or infinite, {broken[0]} first")
     net.load_state_dict(weights)
+    return net
 
 
 def kind_of(tensor):
@@ -453,12 +455,18 @@ def from_published(theirs, heads, path):
     return Config(width=C, layers=layers, heads=heads or max(1, C // 64), patch=P[0]), ours
 
 
-def checkpoint_state(model):
-    """What `load_pretrained` needs, for `save_checkpoint`: format, config, model."""
-    return {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict()}
+def checkpoint_state(net, format=FORMAT):
+    """What loading needs (`load_pretrained`, …), for `save_checkpoint`: format, config, model."""
+    return {"format": format, "config": asdict(net.config), "model": net.state_dict()}
 
 
 # ---- measuring -------------------------------------------------------------------------------
+
+
+def weights_of(net):
+    """How many weights it has."""
+    return sum(w.numel() for w in net.parameters())
+
 
 SHEETS = {  # FLOP/s, dense bf16; the first name that the GPU's own holds
     "A100": 312e12,

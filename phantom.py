@@ -15,9 +15,9 @@ voxel wide (partial volume); where it is negative, the label is the shape's. Wha
 it looks stands in tables: LOOKS, INNER and OUTER; SIGNAL, HULL and DEEP; LESIONS. Change those.
 """
 
-import functools
 import gzip
 import itertools
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -80,7 +80,7 @@ def write_phantom(out, parts=PARTS, seed=0, workers=None):
             raise BadInput(f"{folder}: holds phantom {there}, not {wanted}: remove it, or --out")
         write_json(note, wanted)
         if not (folder / LAST.get(part, "none")).exists():
-            make = functools.partial(write_patient, part, folder, seed)
+            make = partial(write_patient, part, folder, seed)
             finish(part, folder, list(parallel(make, range(sum(COUNTS[part])), workers, part)))
     return folders
 
@@ -368,7 +368,7 @@ def brain(rng, shape, spacing):
     """
     looks = {t: (np.multiply(v, rng.normal(1, 0.05)), 0.02) for t, v in SIGNAL.items()}
     canvas = Canvas(rng, (0, 0, -6), spacing, shape, looks, (3, 60))
-    field = functools.partial(noise, rng, canvas.axes)
+    field = partial(noise, rng, canvas.axes)
     hull = canvas.fill(rng, HULL)
     # a sulcus is where a smooth noise is zero; like the cleft between the hemispheres it closes
     # in the depth
@@ -478,27 +478,28 @@ def deeplesion(i, rng, shape, folder):
         k = mask.sum((0, 1)).argmax()
         x, y = mask[:, :, k].nonzero()
         box = np.array((x.min(), y.min(), x.max() + 1, y.max() + 1))
-        row = {
-            "File_name": f"{name}_{first + k:03d}.png",
-            "Patient_index": i + 1,
-            "Study_index": 1,
-            "Series_ID": 1,
-            "Key_slice_index": first + k,
-            "Measurement_coordinates": text(*box, *box[[0, 3, 2, 1]]),
-            "Bounding_boxes": text(*box + (-1, -1, 1, 1)),
-            "Lesion_diameters_Pixel_": text(*box[2:] - box[:2]),
-            "Normalized_lesion_location": text(*np.divide((x.mean(), y.mean(), k), shape)),
-            "Coarse_lesion_type": -1 if len(rows) == 2 else kind,  # the third's is not known
-            "Possibly_noisy": 0,
-            "Slice_range": text(first, last),
-            "Spacing_mm_px_": text(*spacing),
-            "Image_size": text(*shape[1::-1]),
-            "DICOM_windows": "-175, 275",
-            "Patient_gender": "F",
-            "Patient_age": 60,
-            "Train_Val_Test": 1,
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "File_name": f"{name}_{first + k:03d}.png",
+                "Patient_index": i + 1,
+                "Study_index": 1,
+                "Series_ID": 1,
+                "Key_slice_index": first + k,
+                "Measurement_coordinates": text(*box, *box[[0, 3, 2, 1]]),
+                "Bounding_boxes": text(*box + (-1, -1, 1, 1)),
+                "Lesion_diameters_Pixel_": text(*box[2:] - box[:2]),
+                "Normalized_lesion_location": text(*np.divide((x.mean(), y.mean(), k), shape)),
+                "Coarse_lesion_type": -1 if len(rows) == 2 else kind,  # the third's is not known
+                "Possibly_noisy": 0,
+                "Slice_range": text(first, last),
+                "Spacing_mm_px_": text(*spacing),
+                "Image_size": text(*shape[1::-1]),
+                "DICOM_windows": "-175, 275",
+                "Patient_gender": "F",
+                "Patient_age": 60,
+                "Train_Val_Test": 1,
+            }
+        )
     path = folder / f"Images_nifti/{name}_{first:03d}-{last:03d}.nii.gz"
     hu = np.flip(scan(rng, canvas)).transpose(1, 0, 2)
     save_nifti(path, hu, np.diag((*-spacing, 1))[[1, 0, 2, 3]])
@@ -556,7 +557,7 @@ WRITERS = {
 
 def finish(part, folder, patients):
     """Write the file in which a layout lists or holds all of its patients."""
-    ends = list(itertools.accumulate(COUNTS[part]))[:-1]
+    ends = np.cumsum(COUNTS[part])[:-1]
     if part == "amos":
         about = {
             "modality": {"0": "CT"},

@@ -70,9 +70,10 @@ from model import (
     targets,
     timed,
     unpatchify,
+    weights_of,
 )
 from serialize import KINDS, PUBLISHED, draw_strips, sequence_flags, train_and_val
-from tokenize_vq import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_state
+from tokenize_vq import TOKENIZER, Tokenizer, TokenizerConfig, load_tokenizer
 
 # ---- arguments -------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ def parser():
     add = p.add_argument_group("model").add_argument
     add("--init", metavar="FILE", help="weights: a checkpoint, or the published file")
     add("--size", choices=[*SIZES], help="published: base (the default; nano without CUDA)")
-    add("--patch", type=int, help="edge in voxels (default 16; nano 8)")
+    add("--patch", type=int, help="edge in voxels (default 16; nano 8); UNETR takes 2, 4, 8, 16")
     words = "published: pixel, standardised patches; vq: the codes of a tokenizer"
     add("--target", choices=["pixel", "vq"], default="pixel", help=words)
     words = "of tokenize_vq.py, for vq (default out/vq/ckpt.pt); kept in this run's checkpoints"
@@ -149,10 +150,11 @@ def settle(args, machine):
             machine.say(
                 "no CUDA device: --size nano on the CPU (--size base is the published model)"
             )
-    fill(args, RECIPES["nano" if args.size == "nano" else "published"])
+    fill(args, RECIPES.get(args.size, RECIPES["published"]) | {"patch": SIZES[args.size]["patch"]})
     fill(args, {"compile": not hindrance(machine.device), "workers": 8 if machine.cuda else 0})
-    fill(args, {"patch": SIZES[args.size]["patch"]})
     check_least(args)
+    if args.scans and not args.plan:
+        raise BadInput(f"--scans {args.scans}: of --plan")
     if args.tokenizer and args.target == "pixel":
         raise BadInput(f"--tokenizer {args.tokenizer}: only --target vq predicts codes")
     if not args.plan:  # which is of other machines
@@ -223,7 +225,7 @@ def train_step(net, samples, encode, step, G, args, machine):
     """
     prefixes = draw_prefixes(step, G, args)  # [batch]
     count = args.units * G - int(prefixes.sum())
-    passes, total = passes_of(args, machine), torch.zeros((), device=machine.device)
+    passes, total = passes_of(args, machine), 0.0
     for places in passes:
         b, p = next(samples), prefixes[places]
         share = (p.size * G - int(p.sum())) / count
@@ -239,9 +241,7 @@ def train_step(net, samples, encode, step, G, args, machine):
 
 
 def main():
-    p = parser()
-    args = p.parse_args()
-    args, state = resumed(p, args, args.out, FORMAT)
+    args, state = resumed(parser(), FORMAT)
     out = Path(args.out)
 
     # the machine, the model
@@ -276,7 +276,7 @@ def main():
     del state  # else the whole checkpoint is held to the end
     kept = {"args": vars(args)}
     if tokenizer is not None:
-        kept["tokenizer"] = tokenizer_state(tokenizer)
+        kept["tokenizer"] = checkpoint_state(tokenizer, TOKENIZER)
 
     def save(name, **more):
         log.save(name, **checkpoint_state(model), **kept, **more)
@@ -297,12 +297,12 @@ def main():
     # the loop
     if owes:
         validate(first)
-    flops = flops_of(model, args) * args.batch
+    flops = flops_of(model, args) * args.batch / machine.world
     speed = {"samples_per_s": args.batch}
-    speed["of_matmul_rate"] = flops / machine.world / matmul_rate(machine)  # measured just now
+    speed["of_matmul_rate"] = flops / matmul_rate(machine)  # measured just now
     bf16 = machine.cuda and machine.dtype == torch.bfloat16
     if sheet := data_sheet(torch.cuda.get_device_name() if bf16 else ""):
-        speed["mfu"] = flops / machine.world / sheet
+        speed["mfu"] = flops / sheet
     loop = Loop(args, machine, log, first, "pre-training", **speed)
     samples = loop.batches(train)
     for step in loop:
@@ -330,7 +330,7 @@ def build(config, args, state, tokenizer, machine):
     model.recompute = args.recompute
     passes = len(passes_of(args, machine))
     machine.say(
-        f"{args.size}: {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{args.size}: {weights_of(model) / 1e6:.1f} M parameters, "
         f"{str(machine.dtype)[6:]} on {machine.world} x {machine.device.type}; a step is "
         f"{args.batch} sequences: {machine.world} ranks x {passes} passes of up to {args.micro}"
     )
@@ -346,8 +346,8 @@ def start_from(path, fresh, tokenizer, machine):
             raise BadInput(
                 f"--init {path}: its {name} is {have}, not {want}: choose another --size, --patch"
             )
-    codes = load_checkpoint(path).get("tokenizer", {}).get("model", {}).get("quantiser.codes")
     if config.target == "vq":
+        codes = load_checkpoint(path).get("tokenizer", {}).get("model", {}).get("quantiser.codes")
         mine = tokenizer.quantiser.codes.cpu()
         same = codes is not None and codes.shape == mine.shape and torch.equal(codes, mine)
     else:
@@ -374,11 +374,11 @@ def find_tokenizer(args, patch, state, machine):
         return None
     if state:
         return load_tokenizer(state["tokenizer"], patch).to(machine.device)
-    if args.tokenizer is None and (args.bench or args.plan):
-        machine.say("no --tokenizer: a random one, the time is the same")
-        config = TokenizerConfig(patch=patch, codes=8192 if patch == 16 else 512)
-        return Tokenizer(config).requires_grad_(False).to(machine.device)
     if args.tokenizer is None:
+        if args.bench or args.plan:
+            machine.say("no --tokenizer: a random one, the time is the same")
+            config = TokenizerConfig(patch=patch, codes=8192 if patch == 16 else 512)
+            return Tokenizer(config).requires_grad_(False).to(machine.device)
         args.tokenizer = "out/vq/ckpt.pt"
         if not Path(args.tokenizer).exists():
             raise BadInput(
@@ -428,7 +428,7 @@ def evaluate(model, val_batches, machine, encode=lambda b: None):
         with machine.autocast():
             errors, pred = model(b["volume"], b["prefix"], b["ranges"], per_patch=True, codes=codes)
         counted = targets(b["prefix"], errors.shape[1])  # [B, G]
-        hits = torch.zeros(*errors.shape, 1, device=machine.device)
+        hits = errors.new_zeros(*errors.shape, 1)
         if codes is not None:
             best = pred.topk(min(5, pred.shape[-1]), -1).indices
             hits = (best == codes[..., None]) * counted[..., None]  # [B, G, 5]
@@ -448,9 +448,8 @@ def find_rivals(model, tokenizer, encode, val_batches, G, machine):
         return {
             "unigram entropy": unigram_entropy(encode, tokenizer.config.codes, val_batches, machine)
         }
-    trivial = trivial_errors(model, val_batches, G, machine)
     rivals = {"patch mean": {}, "earlier patch": {}, "distance": {}}
-    for kind, t in trivial.items():
+    for kind, t in trivial_errors(model, val_batches, G, machine).items():
         rivals["patch mean"][kind] = float(np.average(t["mean"], weights=t["count"]))
         rivals["earlier patch"][kind] = float(np.average(t["copy"], weights=t["count"]))
         rivals["distance"][kind] = t["distance"]
@@ -470,8 +469,8 @@ def trivial_errors(model, val_batches, G, machine):
     place = torch.arange(G, device=machine.device)
     back = place[:, None] - place  # of target i at distance d: patch i − d
     there, back = (back >= 0).double(), back.clamp(min=0)
-    for batch in val_batches:
-        b = to_device(batch, machine.device)
+    for batch, i in ((b, i) for b in val_batches for i in range(len(b["kind"]))):
+        b = to_device({k: v[i : i + 1] for k, v in batch.items()}, machine.device)  # G² is enough
         t = standardise(model.sequence(b["volume"], b["ranges"])[0])[0]  # [B, G, P³]
         gram = (t @ t.mT).double() / t.shape[2]  # [B, G, G]
         square = gram.diagonal(dim1=1, dim2=2)  # [B, G]
@@ -536,9 +535,10 @@ def report(rows, rivals, out, machine):
 
 def draw_losses(out, rivals):
     """curves.png: losses against the step, and what the rivals reach on the validation targets."""
-    levels = {}
-    for k in rivals[next(iter(rivals))]:
-        levels[f"val_{k}"] = {n: values[k] for n, values in rivals.items() if n != "distance"}
+    levels = {
+        f"val_{k}": {n: values[k] for n, values in rivals.items() if n != "distance"}
+        for k in rivals[next(iter(rivals))]
+    }
     unit = "mean squared error of standardised patches"
     title = "cross-entropy, nats a code" if "unigram entropy" in rivals else unit
     rows = read_log(out / "log.jsonl")
@@ -605,7 +605,7 @@ def memory_of(model, G, args, micro):
     c = model.config
     blocks = 36 + 4 * c.layers if args.recompute else 36 * c.layers
     sequence = G * (blocks * c.width + 6 * c.outputs) + 4 * args.volume**3
-    return 16 * sum(w.numel() for w in model.parameters()) + micro * sequence
+    return 16 * weights_of(model) + micro * sequence
 
 
 def check_memory(model, G, args, have):
@@ -629,14 +629,14 @@ def plan(model, G, args, machine):
         raise BadInput(f"--plan {args.plan}: a number and a kind, {', '.join(SHEETS)}: 8xH100")
     count, supply = int(count), None
     if args.scans:
-        fill(args, {"steps": round(EPOCHS * PUBLISHED["spatial"] * args.scans / args.batch)})
+        args.steps = round(EPOCHS * PUBLISHED["spatial"] * args.scans / args.batch)
     if args.steps is None or args.data:
         data, _ = train_and_val(args, machine)
         fill(args, {"steps": steps_of(data, args)})
         supply = 1 / float(np.median(timed(data.read, 16, machine)))
     args.micro = min(args.micro or 72, -(-args.batch // count))
     flops = args.batch * flops_of(model, args)
-    weights = sum(w.numel() for w in model.parameters())
+    weights = weights_of(model)
     seconds = flops / (USE * count * SHEETS[kind])
     sequences = args.batch / count / seconds
     reduced = 8 * weights * (count - 1) / count / seconds

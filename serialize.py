@@ -1270,7 +1270,7 @@ def cut(array, start, shape):
 
 
 def resize(crop, shape):
-    """int16 [x, y, z] -> int16 of `shape`, trilinear, by axis: a product is faster on short ones."""
+    """int16 [x, y, z] -> int16 of `shape`, trilinear, axis by axis: short ones by a product."""
     if crop.shape == tuple(shape):
         return crop
     volume = crop.float()

@@ -20,7 +20,7 @@ B batch, S sub-images, G patches of a sequence, P³ voxels of a patch, K codes o
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ from common import (
     write_json,
 )
 from kernels.plain import read
-from model import config_of, fit, grid_of, patchify, to_unit, unpatchify
+from model import checkpoint_state, config_of, fit, grid_of, patchify, to_unit, unpatchify
 from serialize import KINDS, draw_strips, sequence_flags, train_and_val
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -145,14 +145,11 @@ def train_step(net, tokenizer, loader, optimiser, lr, step, args, machine):
     most = min(-(-args.codes // (4 * machine.world)), args.units // machine.world * G)
     decay = torch.where(optimiser.found_inf > 0, 1.0, DECAY)  # a step that is left out changes none
     tokenizer.quantiser.move(z.nan_to_num(), index, rng, machine, most, decay)
-    losses = {"loss": error, "commitment": commitment}
-    return {name: loss.detach() * share for name, loss in losses.items()}
+    return {"loss": error.detach() * share, "commitment": commitment.detach() * share}
 
 
 def main():
-    p = parser()
-    args = p.parse_args()
-    args, state = resumed(p, args, args.out, TOKENIZER)
+    args, state = resumed(parser(), TOKENIZER)
     machine = setup(args)
     settle(args, machine)
     out = Path(args.out)
@@ -178,7 +175,7 @@ def main():
     net = distribute(tokenizer, args, machine)
 
     def save(name, **more):
-        log.save(name, **tokenizer_state(tokenizer), args=vars(args), **more)
+        log.save(name, **checkpoint_state(tokenizer, TOKENIZER), args=vars(args), **more)
 
     def validate(step):
         nonlocal best
@@ -214,10 +211,7 @@ def main():
 
 def make_optimiser(tokenizer):
     decoder = [w for k, w in tokenizer.named_parameters() if not k.startswith("encoder")]
-    groups = [
-        {"params": tokenizer.encoder.parameters(), "scale": ENCODER_LR},
-        {"params": decoder},
-    ]
+    groups = [{"params": tokenizer.encoder.parameters(), "scale": ENCODER_LR}, {"params": decoder}]
     return torch.optim.AdamW(groups, weight_decay=1e-4, betas=(0.9, 0.95), fused=True)
 
 
@@ -456,15 +450,6 @@ class Tokenizer(nn.Module):
         self.direct.weight[:], self.direct.bias[:] = solution[:, :-1], solution[:, -1]
 
 
-def tokenizer_state(tokenizer):
-    """What `load_tokenizer` needs: format, config, model."""
-    return {
-        "format": TOKENIZER,
-        "config": asdict(tokenizer.config),
-        "model": tokenizer.state_dict(),
-    }
-
-
 def load_tokenizer(source, patch=None):
     """The Tokenizer in a checkpoint (a path, or the loaded dict), on the CPU, its weights frozen.
 
@@ -477,11 +462,9 @@ def load_tokenizer(source, patch=None):
     if patch not in (None, config.patch):
         raise BadInput(
             f"{name}: its codes are of patches of {config.patch}³ voxels and the model's are of "
-            f"{patch}³; make one with tokenize_vq.py --patch {patch}, or choose another --size"
+            f"{patch}³; make one with tokenize_vq.py --patch {patch}, or choose another --patch"
         )
-    tokenizer = Tokenizer(config)
-    fit(tokenizer, state["model"], name)
-    return tokenizer.requires_grad_(False).eval()
+    return fit(Tokenizer(config), state["model"], name).requires_grad_(False).eval()
 
 
 # ---- evaluation ------------------------------------------------------------------------------

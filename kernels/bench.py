@@ -238,8 +238,10 @@ def bench_patches(machine, args):
     if machine.cuda:
         from kernels import fused
 
-        rivals.append(("embed", OURS, None, partial(embed, fused)))
-        rivals.append(("loss", OURS, None, partial(loss, fused)))
+        rivals += [
+            ("embed", OURS, None, partial(embed, fused)),
+            ("loss", OURS, None, partial(loss, fused)),
+        ]
     flops = 2 * B * G * P**3 * C
     work = {"embed": {"forward": flops, "both": 2 * flops}, "loss": {"both": 0}}
     for part, name, *rival in rivals:
@@ -262,10 +264,7 @@ class Published:
     def embed(self, volume, weight, bias, table, count=None, begin=None):
         P = self.patch
         x = F.conv3d(volume[:, None], weight.view(-1, 1, P, P, P), bias, stride=P).flatten(2).mT
-        x = (x + table.to(x.dtype))[:, :count]
-        if begin is None:
-            return x
-        return torch.cat([begin.to(x.dtype).expand(len(x), 1, -1), x], 1)
+        return plain.begun((x + table.to(x.dtype))[:, :count], begin)
 
     def attend(self, qkv, prefix):
         if self.mask is None:
@@ -281,12 +280,12 @@ def bench_step(machine, args):
     size, edge = ("base", 128) if machine.cuda else ("nano", 32)
     config = Config(**SIZES[size])
     G = (edge // config.patch) ** 3
-    volume, ranges = random_scans(args.batch, edge, machine.device)
+    scans = random_scans(args.batch, edge, machine.device)
     for name in (PUBLISHED, PLAIN, FAST) if machine.cuda else (PUBLISHED, PLAIN):
         model = Model(config).to(machine.device).use("triton" if name == FAST else "torch")
-        scan = volume, ranges
+        scan = scans
         if name == PUBLISHED:
-            scan, ops = (plain.to_unit(*scan), None), Published()
+            scan, ops = (plain.to_unit(*scans), None), Published()
             for module in (model, *model.blocks):
                 module.ops = ops
         elif machine.cuda:

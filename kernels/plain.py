@@ -77,7 +77,11 @@ def embed(source, weight, bias, table, count=None, begin=None):
     begin [C] stands first: [B, 1 + count, C]; None: [B, count, C].
     """
     patches = source[:, :count]
-    x = F.linear(patches, weight, bias) + table[:count].to(patches.dtype)
+    return begun(F.linear(patches, weight, bias) + table[:count].to(patches.dtype), begin)
+
+
+def begun(x, begin):
+    """Tokens x [B, N, C] behind `begin` [C], if it is given."""
     if begin is None:
         return x
     return torch.cat([begin.to(x.dtype).expand(len(x), 1, -1), x], 1)

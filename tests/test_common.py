@@ -458,9 +458,9 @@ def test_a_restarted_rank_resumes(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "ckpt.pt", format="x", **state)
     args = parser.parse_args([])
     monkeypatch.setattr(sys, "argv", ["script"])
-    assert resumed(parser, args, tmp_path, "x")[1] is None
+    assert resumed(parser, "x", str(tmp_path))[1] is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    args, state = resumed(parser, args, tmp_path, "x")
+    args, state = resumed(parser, "x", str(tmp_path))
     assert state is not None and args.lr == 3.0
 
 
@@ -471,7 +471,7 @@ def test_what_the_machine_decided_is_decided_anew_on_another(tmp_path, monkeypat
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["script", *words])
-        args, _ = resumed(parser, parser.parse_args(), tmp_path, "x")
+        args, _ = resumed(parser, "x", str(tmp_path))
         before = args.micro, args.workers
         args.micro, args.workers = args.micro or 5, args.workers or 8  # as settle() would
         state = {"optimiser": {}, "args": vars(args), "model": {}, "step": 1, "best": 0.5}

@@ -678,10 +678,17 @@ def test_table_takes_the_own_grid_from_scores_of_the_last_weights(tabled, tmp_pa
     said, rows, _ = tabled()
     assert f"not in the table: {tmp_path}/a: eval-seg is of an earlier step: run" in said
     assert len(rows) == 4 and {r["initialisation"] for r in rows} == {"x.pth"}
-    # of best.pt, or of another split: not what the others are of
-    for name, wrong in (("a", {"ckpt": "best.pt"}), ("b", {"split": "all"})):
-        write_json(tmp_path / name / "eval-seg/metrics.json", {"args": how | wrong})
-    assert [r["metric"] for r in tabled()[1]] == ["Dice", "Dice"]
+    # a surface that was found nowhere has no distance
+    rows = [[f"c{i}", "own", "liver", 0, 0, "", 1] for i in range(6)]
+    write_table(tmp_path / "b/eval-seg/cases.csv", head, rows)
+    write_json(tmp_path / "b/eval-seg/metrics.json", {"args": how})
+    found = {r["metric"]: (r["runs"], r["mean"]) for r in tabled()[1]}
+    assert found["hd95_mm, own grid"] == ("0", "") and found["nsd, own grid"] == ("1", "0.0")
+    # of best.pt, of another split or task: not what the others are of
+    for wrong in ({"ckpt": "best.pt"}, {"split": "all"}, {"task": "mine"}):
+        for name in "ab":
+            write_json(tmp_path / name / "eval-seg/metrics.json", {"args": how | wrong})
+        assert [r["metric"] for r in tabled()[1]] == ["Dice", "Dice"]
 
 
 def test_table_bootstrap_of_auc(tabled, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ import finetune_seg as seg
 from common import BadInput, read_table, setup
 from model import Config, Model, checkpoint_state, load_pretrained
 from serialize import Sequences, build, collect, label_subset, open_array, write_index
-from tokenize_vq import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_state
+from tokenize_vq import TOKENIZER, Tokenizer, TokenizerConfig, load_tokenizer
 
 FAULTS = ("crashed", "hung", "silent")
 VERDICTS = ("read", "refused", "skipped", *FAULTS)
@@ -845,7 +845,7 @@ def states():
     weights = cls.Classifier(encoder, 2).state_dict()
     known = {"classes": ["a", "b"], "args": args, "model": weights, "config": whole["config"]}
     yield cls.load_classifier, known | {"format": cls.CLASSIFIER}
-    yield load_tokenizer, tokenizer_state(Tokenizer(config))
+    yield load_tokenizer, checkpoint_state(Tokenizer(config), TOKENIZER)
 
 
 def loaded(folder, load, state, at=(), value=None):

@@ -14,8 +14,8 @@ from scipy.ndimage import uniform_filter
 import pretrain
 import tokenize_vq
 from common import BadInput, Machine, load_checkpoint, read_log, save_checkpoint
-from model import Config, Model, patchify, unpatchify
-from tokenize_vq import Quantiser, Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_state
+from model import Config, Model, checkpoint_state, patchify, unpatchify
+from tokenize_vq import TOKENIZER, Quantiser, Tokenizer, TokenizerConfig, load_tokenizer
 
 TINY = {"patch": 8, "codes": 16, "dim": 8, "hidden": 16, "width": 16, "layers": 1}
 SMALL = "--size nano --volume 32 --stride 2 --batch 4 --val-samples 2 --log-every 1 --device cpu"
@@ -118,7 +118,7 @@ def test_codes_survive_save_and_load_and_are_of_their_patch_alone(tmp_path):
     torch.manual_seed(4)
     tokenizer, volume = Tokenizer(TokenizerConfig(**TINY)), torch.rand(2, 16, 16, 24)
     codes = tokenizer.encode(volume)
-    save_checkpoint(tmp_path / "t.pt", **tokenizer_state(tokenizer))
+    save_checkpoint(tmp_path / "t.pt", **checkpoint_state(tokenizer, TOKENIZER))
     again = load_tokenizer(tmp_path / "t.pt", patch=8)
     assert codes.shape == (2, 12) and torch.equal(again.encode(volume), codes)
     assert torch.equal(again.decode(codes, (2, 2, 3)), tokenizer.rebuild(volume)[0])
