@@ -320,14 +320,15 @@ def test_it_learns_texture_and_the_shortcut_does_not(go, tmp_path):
     assert m["shortcut"]["value"] < m["test"]["auc"]["value"] - 0.1
 
 
-def test_two_processes_train_the_same_model(go, tmp_path):
+def test_two_processes_train_the_same_model_and_one_goes_on(go, tmp_path):
     data = make_npz(tmp_path / "n.npz", (18, 8, 11))
     flags = [*map(str, SMALL), "--task", "nodule", "--data", data, "--steps", "4", "--out"]
     go(*flags, "one")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     script = ["--rdzv_endpoint=127.0.0.1:0", HERE.parent / "finetune_cls.py", *flags, "two"]
-    command = [sys.executable, *torchrun, *script, "--micro", "2"]
+    command = [sys.executable, *torchrun, *script, "--micro", "2", "--stop-after", "3"]
     subprocess.run(command, cwd=tmp_path, check=True)
+    go("--resume", "--out", "two", "--stop-after", 9)
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
     one, two = ([r["loss"] for r in rows if "loss" in r] for rows in logs)
     assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)

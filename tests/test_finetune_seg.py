@@ -425,10 +425,10 @@ def test_amos_runs_the_same_way_as_the_phantom(run, phantom_home, tmp_path):
     assert [*metrics(tmp_path / "amos")["dice"]] == [*named.values()][1:]
 
 
-def test_two_processes_train_and_validate_as_one(run, home, script, tmp_path):
+def test_two_processes_go_on_train_and_validate_as_one(run, home, script, tmp_path):
     run(home, tmp_path / "one", features=16)
-    flags = ["--task", "mine", "--data", home, *SMALL, "--out", tmp_path / "two"]
-    script("finetune_seg.py", *flags, ranks=2)
+    run(home, tmp_path / "two", "--stop-after", 2, features=16)
+    script("finetune_seg.py", "--resume", "--out", tmp_path / "two", "--stop-after", 9, ranks=2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
     one, two = (metrics(tmp_path / p)["cases"] for p in ("one", "two"))
     assert one.keys() == two.keys() and all(one[k] == pytest.approx(two[k], abs=0.02) for k in one)

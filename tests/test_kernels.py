@@ -28,6 +28,7 @@ import kernels
 from common import BadInput, cores
 from kernels import bench, plain
 from model import SIZES, Config, Model
+from pretrain import parser
 
 triton = pytest.importorskip("triton")
 from kernels import fused, patch_embed, prefix_attention
@@ -344,6 +345,16 @@ def test_bench_writes_its_table_and_figure(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "attention.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "sequences/s" in out and "not timed" not in out
+
+
+def test_the_first_hour_asks_for_what_there_is():
+    for words in map(str.split, bench.HOUR.values()):
+        steps = ["2"] * (words[-1] == "--steps")
+        if words[0] == "pretrain.py":
+            parser().parse_args([*words[1:], *steps])
+        elif words[1] == "pytest":
+            ask = [sys.executable, *words, "--collect-only"]
+            assert not subprocess.run(ask, cwd=ROOT, capture_output=True, check=False).returncode
 
 
 def test_first_hour_runs_its_commands_and_keeps_what_they_say(tmp_path, monkeypatch):
