@@ -273,7 +273,7 @@ def fill(args, recipe):
 
 
 LEAST = {"lr": 1e-12, "layer_decay": 1e-12, "workers": 0, "save_every": 0}
-COUNTS = "batch micro steps scans patch stride stop_after log_every val_every val_samples"
+COUNTS = "batch micro steps patch stride stop_after log_every val_every val_samples"
 LEAST |= dict.fromkeys(COUNTS.split(), 1)
 
 

@@ -152,7 +152,7 @@ def settle(args, machine):
             )
     fill(args, RECIPES.get(args.size, RECIPES["published"]) | {"patch": SIZES[args.size]["patch"]})
     fill(args, {"compile": not hindrance(machine.device), "workers": 8 if machine.cuda else 0})
-    check_least(args)
+    check_least(args, scans=1)
     if args.scans and not args.plan:
         raise BadInput(f"--scans {args.scans}: of --plan")
     if args.tokenizer and args.target == "pixel":

@@ -356,6 +356,7 @@ def test_bad_input_gets_one_line(script, phantom_home, tmp_path, monkeypatch):
         (["--volume", 60], "60x60x60 is not a multiple of the patch 8"),
         (["--patch", 33], "patch 33: 2 to 32 voxels"),
         (["--scans", 5], "--scans 5: of --plan"),
+        (["--scans", -5, "--plan", "8xH100"], "--scans -5: at least 1"),
         (["--stride", 40], "--stride 40"),
         (["--batch", 0], "--batch 0"),
         (["--lr", "-1"], "--lr -1.0"),
