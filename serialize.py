@@ -142,7 +142,7 @@ def sequence_flags(p):
     add = p.add_argument_group("sequences").add_argument
     add("--data", nargs="+", help="corpora (default data/corpus; without one, the phantom's)")
     add("--volume", type=int, help="edge in voxels (default 128; nano 64)")
-    words = "slices between slabs (published 8; nano 16: no copies; atria, 8 labels: Dice +0.063)"
+    words = "slices between slabs (published 8; nano 16: no copies; atria, 8 labels: Dice +0.07)"
     add("--stride", type=int, help=words)
     add("--mix", help="published (the kinds' counts), equal, or spatial=2,contrast=1,semantic=1")
     add("--val-samples", type=int, help="of each kind, to validate with (default 64; nano 16)")
