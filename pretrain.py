@@ -470,10 +470,11 @@ def trivial_errors(model, val_batches, G, machine):
     back = place[:, None] - place  # of target i at distance d: patch i − d
     there, back = (back >= 0).double(), back.clamp(min=0)
     for batch, i in ((b, i) for b in val_batches for i in range(len(b["kind"]))):
-        b = to_device({k: v[i : i + 1] for k, v in batch.items()}, machine.device)  # G² is enough
-        t = standardise(model.sequence(b["volume"], b["ranges"])[0])[0]  # [B, G, P³]
-        gram = (t @ t.mT).double() / t.shape[2]  # [B, G, G]
-        square = gram.diagonal(dim1=1, dim2=2)  # [B, G]
+        # one at a time: of a batch, B·G² float64 may not fit
+        b = to_device({k: v[i : i + 1] for k, v in batch.items()}, machine.device)
+        t = standardise(model.sequence(b["volume"], b["ranges"])[0])[0]  # [1, G, P³]
+        gram = (t @ t.mT).double() / t.shape[2]  # [1, G, G]
+        square = gram.diagonal(dim1=1, dim2=2)  # [1, G]
         count = targets(b["prefix"], G).double()
         pairs = torch.stack([gram.gather(2, back.expand_as(gram)), square[:, back]], 1)
         sums.index_add_(0, b["kind"], pairs * (there * count[:, :, None])[:, None])

@@ -264,7 +264,7 @@ class Published:
     def embed(self, volume, weight, bias, table, count=None, begin=None):
         P = self.patch
         x = F.conv3d(volume[:, None], weight.view(-1, 1, P, P, P), bias, stride=P).flatten(2).mT
-        return plain.begun((x + table.to(x.dtype))[:, :count], begin)
+        return plain.prepended((x + table.to(x.dtype))[:, :count], begin)
 
     def attend(self, qkv, prefix):
         if self.mask is None:

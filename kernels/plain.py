@@ -77,10 +77,10 @@ def embed(source, weight, bias, table, count=None, begin=None):
     begin [C] stands first: [B, 1 + count, C]; None: [B, count, C].
     """
     patches = source[:, :count]
-    return begun(F.linear(patches, weight, bias) + table[:count].to(patches.dtype), begin)
+    return prepended(F.linear(patches, weight, bias) + table[:count].to(patches.dtype), begin)
 
 
-def begun(x, begin):
+def prepended(x, begin):
     """Tokens x [B, N, C] behind `begin` [C], if it is given."""
     if begin is None:
         return x

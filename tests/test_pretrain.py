@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 import pretrain
 from common import BadInput, load_checkpoint, optimiser_step, read_log, setup
-from model import SIZES, Config, Model, load_pretrained, standardise
+from model import SIZES, Config, Model, data_sheet, load_pretrained, standardise
 from serialize import KINDS, Sequences
 
 RUN = ["--size", "nano", "--volume", 16, "--stride", 1, "--batch", 4, "--val-samples", 2]
@@ -329,6 +329,8 @@ def test_a_plan_counts_what_a_run_would_take(args, capsys):
         pretrain.check_memory(model, 512, args, 1 << 30)
     args.recompute = True
     assert (pretrain.memory_of(model, 512, args, 72) - weights) / 2**30 < 4
+    named = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "Tesla T4": None}
+    assert {name: data_sheet(name) for name in named} == named
     args.steps, args.scans = None, 2304
     pretrain.plan(model, 512, args, setup(args))  # 50 epochs of 50 crops a scan, by 288
     assert "20,000 steps of 288 sequences" in capsys.readouterr().out
